@@ -1,0 +1,40 @@
+# The two commands that a newcomer needs: `make run` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: run test lint bench docs size corpus clean
+
+run: $(READY)  ## the main job: every way of saving x every way of loading, on a real resnet152
+	$(VENV)/bin/anycard matrix torchvision.models:resnet152
+
+test: $(READY)
+	$(PY) -m pytest -n 2 --dist worksteal
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(PY) scripts/docs.py --check
+
+bench: $(READY)
+	$(PY) -m benchmarks
+
+docs: $(READY)  ## print help texts, tables and figures into the documents
+	$(PY) scripts/docs.py
+
+size: $(READY)
+	$(PY) scripts/size.py
+
+clean:
+	rm -rf $(VENV) build dist
+
+# torchvision and timm come last and --no-deps: their own pins would pull another torch.
+# Where the matching torchvision cannot be imported beside this torch build, 0.16.2 can.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt -e ".[dev]"
+	$(PY) -m pip install -q --no-deps torchvision==0.28.0 timm==1.0.31
+	$(PY) -W ignore -c "import torchvision" 2>/dev/null || $(PY) -m pip install -q --no-deps torchvision==0.16.2
+	touch $@

@@ -1,0 +1,130 @@
+"""Where bytes come from: a file on disk, or an open binary file. Knows no tensors."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from typing import BinaryIO
+
+from anycard.errors import FormatError
+
+_MOST = 0x7FFFF000  # preadv(2): Linux moves at most this many bytes a call
+
+
+class Source:
+    """A readable stretch of bytes; reading is safe from several threads.
+
+    Attributes:
+        name: What errors call it: the path as given, or the open file's own name.
+        size: Bytes.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.size = size
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` (writable, contiguous, uint8) from byte `offset`.
+
+        Raises:
+            FormatError: The file ends before.
+            OSError: The disk failed; passed on as it came.
+        """
+        raise NotImplementedError
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """`nbytes` bytes from byte `offset`; FormatError where the file ends before."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise self._short(offset, nbytes)
+        buffer = bytearray(nbytes)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+    def _short(self, offset: int, nbytes: int) -> FormatError:
+        return FormatError(
+            f"{self.name} is cut short: {nbytes:,} bytes are needed from byte {offset:,}, "
+            f"the file ends at {self.size:,}. Copy or download the file again.",
+            path=self.name,
+            offset=offset,
+        )
+
+
+class FileSource(Source):
+    """A file by descriptor, read by `pread` (no shared position)."""
+
+    def __init__(self, name: str, fd: int, *, owned: bool, base: int = 0) -> None:
+        super().__init__(name, os.fstat(fd).st_size - base)
+        self._fd = fd
+        self._owned = owned
+        self._base = base
+        self._lock = threading.Lock()
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            moved = self._read_at(offset + done + self._base, view[done : done + _MOST])
+            if moved == 0:
+                raise self._short(offset, len(view))
+            done += moved
+
+    def _read_at(self, offset: int, view: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [view], offset)
+        with self._lock:  # Windows and macOS before 11 have no preadv
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            data = os.read(self._fd, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if self._owned and self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class StreamSource(Source):
+    """An open binary file without a descriptor (BytesIO and kin), from where it stands."""
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self._base = file.tell()
+        end = file.seek(0, io.SEEK_END)
+        file.seek(self._base)
+        super().__init__(name, end - self._base)
+        self._file = file
+        self._lock = threading.Lock()
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        with self._lock:
+            self._file.seek(self._base + offset)
+            done = 0
+            while done < len(view):
+                data = self._file.read(len(view) - done)
+                if not data:
+                    raise self._short(offset, len(view))
+                view[done : done + len(data)] = data
+                done += len(data)
+
+
+def open_source(file: str | os.PathLike[str] | BinaryIO) -> Source:
+    """Open a path, or take an open binary file from where it stands.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        FormatError: It is a folder.
+        TypeError: Neither a path nor an open binary file.
+    """
+    if isinstance(file, (str, os.PathLike)):
+        path = os.fspath(file)
+        if os.path.isdir(path):  # noqa: PTH112 - a path of any kind, without importing pathlib
+            raise FormatError(f"{path} is a folder, not a checkpoint file", path=path)
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        return FileSource(path, fd, owned=True)
+    if not hasattr(file, "read") or not hasattr(file, "seek"):
+        raise TypeError(f"a path or an open binary file is needed, not {type(file).__name__}")
+    if isinstance(file, io.TextIOBase):
+        raise TypeError("the file is open as text: open it with mode 'rb'")
+    return StreamSource(str(getattr(file, "name", "<open file>")), file)

@@ -1,0 +1,246 @@
+"""What is known of a stored tensor: dtype table, `Storage`, `TensorInfo`. No bytes, no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from anycard.disk.source import Source
+
+
+class DType(NamedTuple):
+    """One dtype of torch.
+
+    Attributes:
+        name: torch's name without `torch.`.
+        itemsize: Bytes per element.
+        kind: "float", "int", "bool", "complex" or "bits".
+        storage: Class name of torch's typed storage (`FloatStorage`), or None where torch
+            writes an untyped storage and the dtype beside it (`_rebuild_tensor_v3`).
+        safetensors: Code in safetensors headers, or None where that format has none.
+        numpy: numpy's dtype string for the values, or None where numpy lacks it.
+    """
+
+    name: str
+    itemsize: int
+    kind: str
+    storage: str | None
+    safetensors: str | None
+    numpy: str | None
+
+
+_ROWS = (
+    DType("float64", 8, "float", "DoubleStorage", "F64", "<f8"),
+    DType("float32", 4, "float", "FloatStorage", "F32", "<f4"),
+    DType("float16", 2, "float", "HalfStorage", "F16", "<f2"),
+    DType("bfloat16", 2, "float", "BFloat16Storage", "BF16", None),
+    DType("int64", 8, "int", "LongStorage", "I64", "<i8"),
+    DType("int32", 4, "int", "IntStorage", "I32", "<i4"),
+    DType("int16", 2, "int", "ShortStorage", "I16", "<i2"),
+    DType("int8", 1, "int", "CharStorage", "I8", "|i1"),
+    DType("uint8", 1, "int", "ByteStorage", "U8", "|u1"),
+    DType("bool", 1, "bool", "BoolStorage", "BOOL", "|b1"),
+    DType("complex128", 16, "complex", "ComplexDoubleStorage", None, "<c16"),
+    DType("complex64", 8, "complex", "ComplexFloatStorage", "C64", "<c8"),
+    DType("complex32", 4, "complex", None, None, None),
+    DType("uint16", 2, "int", None, "U16", "<u2"),
+    DType("uint32", 4, "int", None, "U32", "<u4"),
+    DType("uint64", 8, "int", None, "U64", "<u8"),
+    DType("float8_e4m3fn", 1, "float", None, "F8_E4M3", None),
+    DType("float8_e5m2", 1, "float", None, "F8_E5M2", None),
+    DType("float8_e4m3fnuz", 1, "float", None, "F8_E4M3FNUZ", None),
+    DType("float8_e5m2fnuz", 1, "float", None, "F8_E5M2FNUZ", None),
+    DType("float8_e8m0fnu", 1, "float", None, "F8_E8M0", None),
+    DType("float4_e2m1fn_x2", 1, "float", None, None, None),
+    DType("quint8", 1, "bits", "QUInt8Storage", None, None),
+    DType("qint8", 1, "bits", "QInt8Storage", None, None),
+    DType("qint32", 4, "bits", "QInt32Storage", None, None),
+    DType("quint4x2", 1, "bits", "QUInt4x2Storage", None, None),
+    DType("quint2x4", 1, "bits", "QUInt2x4Storage", None, None),
+    DType("bits8", 1, "bits", None, None, None),
+    DType("bits16", 2, "bits", None, None, None),
+    DType("bits1x8", 1, "bits", None, None, None),
+    DType("bits2x4", 1, "bits", None, None, None),
+    DType("bits4x2", 1, "bits", None, None, None),
+    *(DType(f"{sign}int{bits}", 1, "bits", None, None, None) for sign in ("", "u") for bits in range(1, 8)),
+)
+DTYPES: dict[str, DType] = {row.name: row for row in _ROWS}
+BY_STORAGE: dict[str, DType] = {row.storage: row for row in _ROWS if row.storage}
+BY_SAFETENSORS: dict[str, DType] = {row.safetensors: row for row in _ROWS if row.safetensors}
+BY_NUMPY: dict[str, DType] = {row.numpy[1:]: row for row in _ROWS if row.numpy}
+
+
+@dataclass(eq=False, slots=True)
+class Storage:
+    """A stretch of bytes that tensors are views of: in a file, or held inline by a pickle.
+
+    Attributes:
+        key: The storage's name in its file (`"17"`); names a record for people.
+        nbytes: Size in bytes.
+        device: The tag that the file carries (`"cuda:7"`).
+        source: What the bytes are read from; None for inline data and for meta tensors.
+        offset: Byte offset in the source, or None where the bytes do not lie there as they are.
+        data: Inline bytes, or None.
+        crc: CRC-32 of all bytes, or None.
+        big_endian: Elements are stored most significant byte first.
+        missing: Why the bytes cannot be had, or "".
+    """
+
+    key: str
+    nbytes: int
+    device: str = "cpu"
+    source: Source | None = None
+    offset: int | None = None
+    data: bytes | None = None
+    crc: int | None = None
+    big_endian: bool = False
+    missing: str = ""
+
+
+class TensorInfo:
+    """A stored tensor: a view (dtype, shape, stride) of a `Storage`. Immutable by convention.
+
+    Attributes:
+        dtype: torch's name (`"float32"`).
+        shape: Sizes.
+        stride: Strides in elements.
+        storage: The bytes that it is a view of; tied tensors share it.
+        start: Byte offset of element 0 within the storage.
+        conj, neg: torch's lazy conjugate and negative bits.
+        parameter: It was pickled as an `nn.Parameter`.
+        requires_grad: As stored.
+        kind: "dense", or why it cannot be given as a plain tensor ("sparse", …).
+    """
+
+    __slots__ = (
+        "conj", "dtype", "kind", "neg", "parameter", "requires_grad", "shape", "start", "storage", "stride",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        storage: Storage,
+        *,
+        stride: tuple[int, ...] | None = None,
+        start: int = 0,
+        conj: bool = False,
+        neg: bool = False,
+        parameter: bool = False,
+        requires_grad: bool = False,
+        kind: str = "dense",
+    ) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.stride = row_major(shape) if stride is None else stride
+        self.storage = storage
+        self.start = start
+        self.conj = conj
+        self.neg = neg
+        self.parameter = parameter
+        self.requires_grad = requires_grad
+        self.kind = kind
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's own elements (not of its storage)."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def device(self) -> str:
+        """The device tag that the file carries."""
+        return self.storage.device
+
+    @property
+    def offset(self) -> int | None:
+        """Byte offset of element 0 in `file`; None where the bytes do not lie there as they are."""
+        return None if self.storage.offset is None else self.storage.offset + self.start
+
+    @property
+    def file(self) -> str | None:
+        """The file that holds the bytes."""
+        return None if self.storage.source is None else self.storage.source.name
+
+    @property
+    def span(self) -> int:
+        """Bytes from element 0 to the end of the last element, as stored."""
+        return span_numel(self.shape, self.stride) * DTYPES[self.dtype].itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Row-major without gaps."""
+        return is_row_major(self.shape, self.stride)
+
+    def same_bytes(self, other: TensorInfo) -> bool:
+        """Both are the same view of the same bytes (tied)."""
+        return (
+            self.storage is other.storage
+            and self.start == other.start
+            and self.shape == other.shape
+            and self.stride == other.stride
+            and self.dtype == other.dtype
+        )
+
+    def replace(self, **changes: object) -> TensorInfo:
+        """A copy with some attributes changed."""
+        new = TensorInfo.__new__(TensorInfo)
+        for slot in self.__slots__:
+            setattr(new, slot, changes.get(slot, getattr(self, slot)))
+        return new
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.shape)) or "scalar"
+        return f"TensorInfo({self.dtype}, {size}, {self.device})"
+
+
+TensorInfo.__module__ = "anycard"
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of a contiguous tensor, as torch gives them."""
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Elements lie in row-major order without gaps (strides of sizes 0 and 1 do not count)."""
+    step = 1
+    for size, have in zip(reversed(shape), reversed(stride), strict=True):
+        if size == 0:
+            return True
+        if size != 1:
+            if have != step:
+                return False
+            step *= size
+    return True
+
+
+def span_numel(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last, both included; 0 for an empty tensor."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Every element has its own place and there are no gaps, in whatever order of dimensions."""
+    step = 1
+    for have, size in sorted(pair for pair in zip(stride, shape, strict=True) if pair[1] != 1):
+        if size == 0:
+            return True
+        if have != step:
+            return False
+        step *= size
+    return True
