@@ -1,0 +1,76 @@
+"""Save a PyTorch model from any cards, load it on any others.
+
+Names load on first use, so that `import anycard` stays light and needs no torch.
+"""
+
+from __future__ import annotations
+
+from anycard.version import __version__
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from anycard.checkpoint import Checkpoint
+    from anycard.checkpoint import open_checkpoint as open
+    from anycard.errors import (
+        CheckpointError,
+        DeviceError,
+        FormatError,
+        MismatchError,
+        UntrustedError,
+    )
+    from anycard.operations.verification import verify
+    from anycard.plans.load_plan import LoadPlan
+    from anycard.tensors import TensorInfo
+    from anycard.torch.loading import load, plan
+    from anycard.torch.reading import read
+    from anycard.torch.saving import save
+
+_HOMES = {
+    "Checkpoint": ("anycard.checkpoint", "Checkpoint"),
+    "CheckpointError": ("anycard.errors", "CheckpointError"),
+    "DeviceError": ("anycard.errors", "DeviceError"),
+    "FormatError": ("anycard.errors", "FormatError"),
+    "LoadPlan": ("anycard.plans.load_plan", "LoadPlan"),
+    "MismatchError": ("anycard.errors", "MismatchError"),
+    "TensorInfo": ("anycard.tensors", "TensorInfo"),
+    "UntrustedError": ("anycard.errors", "UntrustedError"),
+    "load": ("anycard.torch.loading", "load"),
+    "open": ("anycard.checkpoint", "open_checkpoint"),
+    "plan": ("anycard.torch.loading", "plan"),
+    "read": ("anycard.torch.reading", "read"),
+    "save": ("anycard.torch.saving", "save"),
+    "verify": ("anycard.operations.verification", "verify"),
+}
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "DeviceError",
+    "FormatError",
+    "LoadPlan",
+    "MismatchError",
+    "TensorInfo",
+    "UntrustedError",
+    "__version__",
+    "load",
+    "open",
+    "plan",
+    "read",
+    "save",
+    "verify",
+]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        try:
+            module, attribute = _HOMES[name]
+        except KeyError:
+            raise AttributeError(f"module 'anycard' has no attribute {name!r}") from None
+        import importlib
+
+        value = getattr(importlib.import_module(module), attribute)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted(__all__)

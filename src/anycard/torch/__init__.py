@@ -1,0 +1,1 @@
+"""The torch edge: the lowest folder that may import torch."""

@@ -1,0 +1,292 @@
+"""What `anycard.open` returns: a file's names, tensors and plain data, read when asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from anycard.disk.source import Source, open_source
+from anycard.errors import CheckpointError, FormatError
+from anycard.formats.index import Index
+from anycard.formats.registry import read_index
+from anycard.limits import DEFAULT, Limits
+from anycard.names.choosing import canonical_names, pick
+from anycard.names.stored import Contents, StateDict, contents, module_state, state_dicts
+from anycard.names.stored import wrapped_module as _wrapped
+from anycard.pickles.stubs import Inert
+from anycard.tensors import DTYPES, TensorInfo, is_dense, row_major, span_numel
+
+
+class Checkpoint:
+    """An open checkpoint. Use it in a `with` block, or call `close()`.
+
+    Attributes:
+        format: How the bytes lie on disk ("torch zip", "legacy stream", "safetensors").
+        path: What it was opened by, for people.
+    """
+
+    def __init__(self, source: Source, index: Index, limits: Limits = DEFAULT) -> None:
+        self._source = source
+        self._index = index
+        self._limits = limits
+        self.path = source.name
+        self.format = index.format
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.path!r}, {self.format}, {len(self.tensors)} tensors)"
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._source.close()
+
+    @property
+    def tree(self) -> Any:
+        """The file's object as inert data: dicts, lists, plain values, `TensorInfo`, stubs."""
+        return self._index.tree
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the format says beside the tensors (safetensors' `__metadata__`, …)."""
+        return dict(self._index.metadata)
+
+    @property
+    def marked(self) -> bool:
+        """anycard wrote the file, and its names are canonical."""
+        return self._index.mark is not None
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """anycard's own record in the file: versions, wrapper state, ties."""
+        return dict(self._index.mark or {})
+
+    @property
+    def records(self) -> dict[str, Any]:
+        """A zip's records by name; empty in other formats."""
+        return dict(self._index.records)
+
+    @cached_property
+    def _contents(self) -> Contents:
+        return contents(self._index.tree, self._limits)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by its full stored path."""
+        return self._contents.tensors
+
+    @property
+    def objects(self) -> dict[str, Any]:
+        """Full path -> everything else, as plain data."""
+        return {path: plain(value) for path, value in self._contents.objects.items()}
+
+    @cached_property
+    def state_dicts(self) -> list[StateDict]:
+        """The state dicts in the file, by structure."""
+        return state_dicts(self._index.tree)
+
+    def chosen(self, key: str | None = None) -> StateDict:
+        """The one state dict that is meant; ChoiceError where none or several could be."""
+        return pick(self.state_dicts, key, self.path)
+
+    @cached_property
+    def wrappers(self) -> tuple[str, ...]:
+        """Wrappers that the stored names or classes show, outermost first."""
+        found: dict[str, None] = {}
+        for held in self.state_dicts:
+            found.update(dict.fromkeys(canonical_names(held, marked=self.marked)[1]))
+        return tuple(found)
+
+    def weights(self, key: str | None = None, *, canonical: bool = True) -> dict[str, TensorInfo]:
+        """The one state dict that read, diff and fingerprint use: canonical name -> TensorInfo.
+
+        Raises:
+            ChoiceError: The file holds none or several, or none by that key.
+        """
+        found = self.chosen(key)
+        if not canonical:
+            return dict(found.tensors)
+        names, _ = canonical_names(found, marked=self.marked)
+        tensors = {name: found.tensors[stored] for stored, name in names.items()}
+        return {**tensors, **self._tied(tensors)}
+
+    def _tied(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Second names of tied tensors that a safetensors file keeps in its metadata."""
+        if self.format != "safetensors":
+            return {}
+        pairs = self._index.metadata.items()
+        return {str(n): tensors[str(k)] for n, k in pairs if str(k) in tensors and str(n) not in tensors}
+
+    def numpy(self, name: str, *, raw: bool = False) -> Any:
+        """One tensor as an array, read now; by full stored path or canonical name.
+
+        Args:
+            raw: Give unsigned integers of the element size, for any dtype.
+
+        Raises:
+            TypeError: numpy lacks the dtype and `ml_dtypes` is not installed.
+        """
+        return as_numpy(self._info(name), raw=raw, limits=self._limits)
+
+    def torch(self, name: str) -> Any:
+        """One tensor as a `torch.Tensor` on the CPU, read now."""
+        from anycard.torch.reading import read_tensor
+
+        return read_tensor(self._info(name), limits=self._limits)
+
+    def _info(self, name: str) -> TensorInfo:
+        if name in self.tensors:
+            return self.tensors[name]
+        found = self.weights() if len(self.state_dicts) == 1 else {}
+        if name in found:
+            return found[name]
+        raise CheckpointError(f"{self.path} holds no tensor {name!r}", path=self.path, name=name)
+
+    def fingerprint(self, key: str | None = None) -> str:
+        """`blake3:` and 64 hex digits: the same for the same weights in any format, any wrapper."""
+        from anycard.operations.fingerprinting import fingerprint_of
+
+        return fingerprint_of(self.weights(key), self._limits)
+
+
+Checkpoint.__module__ = "anycard"
+
+
+def open_checkpoint(file: str | os.PathLike[str] | BinaryIO, limits: Limits = DEFAULT) -> Checkpoint:
+    """Open a checkpoint of any format; only its index is read.
+
+    Raises:
+        FormatError: Damaged, or no checkpoint.
+        FileNotFoundError: There is no such file.
+    """
+    source = open_source(file)
+    try:
+        return Checkpoint(source, read_index(source, limits), limits)
+    except BaseException:
+        source.close()
+        raise
+
+
+def tensor_bytes(info: TensorInfo, limits: Limits = DEFAULT) -> memoryview:
+    """The tensor's elements in row-major, little-endian order, as one new buffer.
+
+    Raises:
+        FormatError: The bytes are not there, or more would be made than `limits.expanded_nbytes`.
+    """
+    import numpy as np
+
+    array = as_numpy(info, raw=True, limits=limits)
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return memoryview(flat.view(np.uint8)) if flat.size else memoryview(b"")
+
+
+def span_bytes(info: TensorInfo) -> bytearray:
+    """The stored bytes from the first element to the last, as they lie in the file."""
+    storage = info.storage
+    if storage.missing:
+        raise FormatError(f"the bytes of storage {storage.key} cannot be read: {storage.missing}")
+    if storage.data is not None:
+        return bytearray(storage.data[info.start : info.start + info.span])
+    buffer = bytearray(info.span)
+    if buffer and storage.source is not None and info.offset is not None:
+        storage.source.read_into(info.offset, memoryview(buffer))
+    return buffer
+
+
+def as_numpy(info: TensorInfo, *, raw: bool = False, limits: Limits = DEFAULT) -> Any:
+    """The tensor as a numpy array (see `Checkpoint.numpy`)."""
+    import numpy as np
+
+    row = DTYPES[info.dtype]
+    if info.nbytes > max(limits.expanded_nbytes, info.storage.nbytes):
+        raise FormatError(f"a tensor of {info.nbytes:,} bytes is claimed from {info.storage.nbytes:,} stored bytes")
+    unit = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "V16"}[row.itemsize]
+    flat = np.frombuffer(_native(span_bytes(info), info), dtype=unit)
+    steps = tuple(step * row.itemsize for step in info.stride)
+    bits = np.lib.stride_tricks.as_strided(flat, info.shape, steps) if flat.size else np.zeros(info.shape, unit)
+    if info.conj or info.neg:
+        bits = _resolved(np.ascontiguousarray(bits), info)
+    return bits if raw else _valued(bits, info.dtype)
+
+
+def _native(data: bytearray, info: TensorInfo) -> bytearray:
+    """Little-endian bytes, whatever the file has."""
+    import numpy as np
+
+    size = DTYPES[info.dtype].itemsize
+    if DTYPES[info.dtype].kind == "complex":
+        size //= 2
+    if not info.storage.big_endian or size == 1:
+        return data
+    return bytearray(np.frombuffer(data, dtype=f">u{size}").astype(f"<u{size}").tobytes())
+
+
+def _resolved(bits: Any, info: TensorInfo) -> Any:
+    """Apply torch's lazy conjugate and negative bits, by flipping signs."""
+    import numpy as np
+
+    half = DTYPES[info.dtype].itemsize // (2 if DTYPES[info.dtype].kind == "complex" else 1)
+    unit = np.dtype(f"u{half}")
+    parts = bits.reshape(-1).view(unit).copy()
+    sign = unit.type(1 << (8 * half - 1))
+    if info.conj:
+        parts[1::2] ^= sign
+    if info.neg:
+        parts ^= sign
+    return parts.view(bits.dtype).reshape(bits.shape)
+
+
+def _valued(bits: Any, dtype: str) -> Any:
+    import numpy as np
+
+    row = DTYPES[dtype]
+    if row.numpy is not None:
+        return np.ascontiguousarray(bits).view(row.numpy).reshape(bits.shape)
+    try:
+        import ml_dtypes
+
+        return np.ascontiguousarray(bits).view(getattr(ml_dtypes, dtype)).reshape(bits.shape)
+    except (ImportError, AttributeError):
+        raise TypeError(
+            f"numpy has no {dtype}: install ml_dtypes, or ask for the bits with raw=True"
+        ) from None
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """Inert data for people and programs: stubs become dicts that name their class."""
+    if depth > 50 or value is None or isinstance(value, (bool, int, float, str, bytes, complex, TensorInfo)):
+        return value
+    if isinstance(value, type):
+        return f"<{getattr(value, 'module', '?')}.{getattr(value, 'name', value.__name__)}>"
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v, depth + 1) for v in value]
+    if isinstance(value, Inert):
+        return _plain_stub(value, depth)
+    return repr(value)
+
+
+def _plain_stub(value: Inert, depth: int) -> dict[str, Any]:
+    data: dict[str, Any] = {"__class__": f"{type(value).module}.{type(value).name}"}
+    state: Any = value.state
+    if module_state(value) is not None or _wrapped(value) is not None:
+        return data
+    if isinstance(state, Mapping):
+        data.update({str(k): plain(v, depth + 1) for k, v in state.items()})
+    elif state is not None:
+        data["state"] = plain(state, depth + 1)
+    for label, held in (("args", value.args), ("items", value.items), ("pairs", value.pairs)):
+        if held:
+            data[label] = plain(list(held), depth + 1)
+    return data
+
+
+__all__ = ["Checkpoint", "as_numpy", "is_dense", "open_checkpoint", "row_major", "span_numel", "tensor_bytes"]

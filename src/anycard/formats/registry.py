@@ -1,0 +1,111 @@
+"""Which format a file is, told by its content. A new format is one file here and one row below."""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+from anycard.disk.source import Source
+from anycard.errors import FormatError
+from anycard.formats.index import Index
+from anycard.limits import DEFAULT, Limits
+
+# Suffixes when writing, and the format that they mean.
+SUFFIXES = {
+    ".safetensors": "safetensors",
+    **dict.fromkeys((".pt", ".pth", ".pkl", ".bin", ".ckpt", ".pth.tar"), "torch zip"),
+}
+
+
+class Row(NamedTuple):
+    """A format: its name, its module (with `read_index(source, limits)`), and how files of it begin."""
+
+    name: str
+    module: str
+    starts: tuple[bytes, ...]
+
+
+_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # LONG1 of torch's legacy magic number
+FORMATS = (
+    Row("torch zip", "anycard.formats.torch_zip", (b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06")),
+    Row("legacy stream", "anycard.formats.legacy", (_MAGIC, *(b"\x80" + bytes([p]) + _MAGIC for p in range(6)))),
+    Row("legacy stream", "anycard.formats.legacy", tuple(b"\x80" + bytes([p]) + b"\x95" for p in (4, 5))),
+)
+_KNOWN = (
+    (b"version https://git-lfs", "a Git LFS pointer: the file itself was not fetched. Run `git lfs pull`."),
+    (b"<!doctype html", "a web page, not a checkpoint: the download gave a page instead of the file."),
+    (b"<html", "a web page, not a checkpoint: the download gave a page instead of the file."),
+    (b"<?xml", "an XML document, not a checkpoint: the download gave an error instead of the file."),
+    (b"\x89HDF", "an HDF5 file (Keras or PyTables), not a PyTorch checkpoint."),
+    (b"\x1f\x8b", "gzip-compressed: unpack it first."),
+    (b"GGUF", "a GGUF file (llama.cpp), not a PyTorch checkpoint."),
+)  # fmt: skip
+
+
+def read_index(source: Source, limits: Limits = DEFAULT) -> Index:
+    """The checked index of a file, in whatever format it is.
+
+    Raises:
+        FormatError: Empty, damaged, or no checkpoint; with the byte offset where one is meant.
+    """
+    head = source.read(0, min(source.size, 1024))
+    if not head:
+        raise FormatError(
+            "the file is empty (0 bytes), or the open file stands at its end", path=source.name, offset=0
+        )
+    for row in FORMATS:
+        if head.startswith(row.starts) and (row.module != "anycard.formats.legacy" or _MAGIC in head[:32]):
+            return _read(row.module, source, limits)
+    if _like_safetensors(head, source.size):
+        return _read("anycard.formats.safetensors", source, limits)
+    raise FormatError(_explain(head), path=source.name, offset=0)
+
+
+def _read(module: str, source: Source, limits: Limits) -> Index:
+    try:
+        index: Index = importlib.import_module(module).read_index(source, limits)
+    except FormatError as error:
+        error.path = error.path or source.name
+        raise
+    return index
+
+
+def _like_safetensors(head: bytes, size: int) -> bool:
+    """Eight bytes of length, then JSON; also where the file is cut short within them."""
+    if source_named_cut(head):
+        return True
+    return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40
+
+
+def source_named_cut(head: bytes) -> bool:
+    """Shorter than a header's length field, and all but its low bytes zero."""
+    return len(head) < 9 and len(head) > 3 and head[4:] == b"\0" * len(head[4:])
+
+
+def _explain(head: bytes) -> str:
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for signature, text in _KNOWN:
+        if start.startswith(signature.lower()):
+            return f"the file is {text}"
+    if head[:1] == b"\x80" or b"\x80\x02" in head[:4]:
+        return (
+            "the file is a pickle, but none that torch.save wrote (plain pickles are not read yet), "
+            f"or a damaged one; it begins with {head[:12]!r}"
+        )
+    return f"the file is no checkpoint that anycard knows; it begins with {head[:12]!r}"
+
+
+def format_for(path: str) -> str:
+    """The format that a path's suffix asks for when writing.
+
+    Raises:
+        ValueError: No suffix, or an unknown one.
+    """
+    lower = path.lower()
+    for suffix, name in SUFFIXES.items():
+        if lower.endswith(suffix) and len(lower.replace("\\", "/").rsplit("/", 1)[-1]) > len(suffix):
+            return name
+    raise ValueError(
+        f"{path}: the suffix says the format when writing; use one of {', '.join(SUFFIXES)} "
+        "(folders and other suffixes are not written)"
+    )

@@ -1,0 +1,156 @@
+"""safetensors: eight bytes of length, a JSON header, then raw row-major little-endian data.
+
+Source: the README of the safetensors project, section "Format".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+from blake3 import blake3
+
+from anycard.disk.pieces import Piece
+from anycard.disk.source import Source
+from anycard.errors import FormatError
+from anycard.formats.index import Index
+from anycard.limits import Limits
+from anycard.names.fingerprint import fingerprint, tensor_line
+from anycard.tensors import BY_SAFETENSORS, DTYPES, Storage, TensorInfo
+
+FINGERPRINT = "anycard.fingerprint"
+_HEADER_MOST = 100_000_000
+
+
+def read_index(source: Source, limits: Limits) -> Index:
+    """The index of a safetensors file; every range proved, no holes, no overlap.
+
+    Raises:
+        FormatError: Damaged or cut short, with what was promised and what is there.
+    """
+    header, start = _header(source)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError("__metadata__ is not a map from text to text", offset=8)
+    tensors = {name: _tensor(name, entry, source, start) for name, entry in header.items()}
+    _prove(tensors, source, start)
+    return Index("safetensors", tensors, source, metadata, _mark(metadata))
+
+
+def _header(source: Source) -> tuple[dict[str, Any], int]:
+    if source.size < 8:
+        raise FormatError(f"the file is cut short: {source.size} bytes, a header needs at least 8", offset=source.size)
+    size = int.from_bytes(source.read(0, 8), "little")
+    if size > _HEADER_MOST or 8 + size > source.size:
+        raise FormatError(
+            f"the file is cut short: its header should have {size:,} bytes, the file ends at {source.size:,}",
+            offset=8,
+        )
+    data = source.read(8, size)
+    if data.count(b"{") > 4_000_000:
+        raise FormatError("the header claims too many tensors", offset=8)
+    try:
+        header = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"the header is no valid JSON: {error}", offset=8) from None
+    if not isinstance(header, dict):
+        raise FormatError("the header is no JSON object", offset=8)
+    return header, 8 + size
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a key is there twice")
+    return made
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _tensor(name: str, entry: Any, source: Source, start: int) -> TensorInfo:
+    try:
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise FormatError(f"{name}: its entry lacks dtype, shape or data_offsets", offset=8, name=name) from None
+    row = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
+    if row is None:
+        raise FormatError(f"{name}: dtype {code!r} is not known", offset=8, name=name)
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if not all(type(v) is int and 0 <= v < 1 << 62 for v in numbers):
+        raise FormatError(f"{name}: its shape or offsets are no non-negative integers", offset=8, name=name)
+    storage = Storage(name, end - begin, "cpu", source, start + begin)
+    info = TensorInfo(row.name, tuple(shape), storage)
+    if info.nbytes != end - begin:
+        raise FormatError(
+            f"{name}: {row.name}, {shape} needs {info.nbytes:,} bytes, its range has {end - begin:,}",
+            offset=start + begin,
+            name=name,
+        )
+    return info
+
+
+def _prove(tensors: dict[str, TensorInfo], source: Source, start: int) -> None:
+    at = start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].storage.offset, item[1].nbytes)):
+        if info.storage.offset != at:
+            raise FormatError(f"{name} overlaps its neighbour or leaves a hole", offset=info.storage.offset, name=name)
+        at += info.nbytes
+    if at != source.size:
+        what = "is cut short" if at > source.size else "has bytes that no tensor owns"
+        raise FormatError(f"the file {what}: {at:,} bytes are promised, {source.size:,} are there", offset=source.size)
+
+
+def _mark(metadata: dict[str, str]) -> dict[str, Any] | None:
+    try:
+        mark = json.loads(metadata["anycard"])
+    except (KeyError, ValueError, RecursionError):
+        return None
+    return mark if isinstance(mark, dict) else None
+
+
+def write_safetensors(
+    file: BinaryIO,
+    tensors: Sequence[tuple[str, str, tuple[int, ...], Piece]],
+    metadata: dict[str, str],
+    limits: Limits,
+    *,
+    ties: dict[str, str] | None = None,
+) -> None:
+    """Write name, dtype, shape and bytes; the fingerprint goes into the header at the end.
+
+    Args:
+        ties: Second name -> name whose bytes are written.
+    """
+    ordered = sorted(tensors, key=lambda row: -DTYPES[row[1]].itemsize)
+    place = "blake3:" + "0" * 64
+    header = _head(ordered, {**metadata, "format": "pt", FINGERPRINT: place})
+    file.write(header)
+    lines: dict[str, bytes] = {}
+    digests: dict[str, tuple[str, tuple[int, ...], str]] = {}
+    for name, dtype, shape, piece in ordered:
+        digest = blake3(max_threads=limits.threads)
+        for chunk in piece.chunks(limits.chunk_nbytes):
+            digest.update(chunk)
+            file.write(chunk)
+        digests[name] = (dtype, shape, digest.hexdigest())
+    for name, kept in {**{n: n for n in digests}, **(ties or {})}.items():
+        lines[name] = tensor_line(name, *digests[kept])
+    file.seek(header.index(place.encode()))
+    file.write(fingerprint(lines).encode())
+    file.seek(0, 2)
+
+
+def _head(tensors: Sequence[tuple[str, str, tuple[int, ...], Piece]], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for name, dtype, shape, piece in tensors:
+        entries[name] = {
+            "dtype": DTYPES[dtype].safetensors, "shape": list(shape), "data_offsets": [at, at + piece.nbytes],
+        }  # fmt: skip
+        at += piece.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text

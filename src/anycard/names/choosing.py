@@ -1,0 +1,108 @@
+"""Pick the one state dict that is meant, and give its tensors their canonical names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from anycard.errors import ChoiceError, FormatError
+from anycard.names.stored import StateDict
+from anycard.names.wrappers import OWN_NAMES, SEGMENTS, outer_prefix, without_segments
+
+
+def pick(candidates: Sequence[StateDict], key: str | None, path: str) -> StateDict:
+    """The state dict that `key` names; without a key, the only one.
+
+    Raises:
+        ChoiceError: None fits the key, or several are there and no key was given.
+    """
+    if not candidates:
+        raise ChoiceError(f"{path} holds no tensors", path=path)
+    if key is None:
+        if len(candidates) == 1:
+            return candidates[0]
+        raise ChoiceError(
+            f"{path} holds {len(candidates)} state dicts: {_listed(c.key for c in candidates)}. "
+            f"Pick one with key=, for example key={candidates[0].key!r}",
+            path=path,
+        )
+    return by_key(candidates, key, path)
+
+
+def by_key(candidates: Sequence[StateDict], key: str, path: str) -> StateDict:
+    """The candidate of this key: the full path, its last parts, or a prefix within a state dict."""
+    exact = [c for c in candidates if c.key == key]
+    tails = [c for c in candidates if c.key.endswith("." + key)]
+    for fits in (exact, tails):
+        if len(fits) == 1:
+            return fits[0]
+    inner = [part for c in candidates if (part := subtree(c, key)) is not None]
+    if len(inner) == 1:
+        return inner[0]
+    raise ChoiceError(
+        f"{path} holds no state dict {key!r}; it holds {_listed(c.key for c in candidates)}", path=path
+    )
+
+
+def subtree(candidate: StateDict, key: str) -> StateDict | None:
+    """The part of a state dict below a prefix (a Lightning module's attribute), or None."""
+    for prefix in (key, key.removeprefix(candidate.key + ".")):
+        tensors = {n[len(prefix) + 1 :]: t for n, t in candidate.tensors.items() if n.startswith(prefix + ".")}
+        if tensors:
+            full = f"{candidate.key}.{prefix}" if candidate.key else prefix
+            names = candidate.canonical
+            inner = None if names is None else {n: without_segments(n) for n in tensors}
+            return StateDict(full, tensors, inner, _below(candidate, prefix), wrappers=candidate.wrappers)
+    return None
+
+
+def _below(candidate: StateDict, prefix: str) -> dict[str, int]:
+    return {p[len(prefix) + 1 :]: v for p, v in candidate.versions.items() if p.startswith(prefix + ".")}
+
+
+def _listed(keys: Iterable[str]) -> str:
+    return ", ".join(repr(key) if key else "'' (the top level)" for key in keys)
+
+
+def canonical_names(found: StateDict, *, marked: bool) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Stored name -> canonical name where no model is given, and the wrappers that went.
+
+    A wrapper's own buffers are left out. `marked` says that anycard wrote the file: its names are
+    canonical already.
+
+    Raises:
+        FormatError: Two stored names are one tensor's canonical name.
+    """
+    if marked:
+        return {name: name for name in found.tensors}, ()
+    if found.canonical is not None:
+        return _checked(_without_own(found.canonical, found)), found.wrappers
+    bare = {name: without_segments(name) for name in found.tensors}
+    prefix = outer_prefix(bare.values())
+    names = {}
+    for stored, name in bare.items():
+        if _is_own(name, prefix):
+            continue
+        names[stored] = name.removeprefix(prefix)
+    wrappers = ["module"] * prefix.count("module.")
+    wrappers += sorted({part for n in found.tensors for part in n.split(".") if part in SEGMENTS})
+    return _checked(names), tuple(wrappers)
+
+
+def _is_own(name: str, prefix: str) -> bool:
+    outer, _, last = name.rpartition(".")
+    return bool(prefix) and last in OWN_NAMES and prefix.startswith(outer) and outer + "." != prefix
+
+
+def _without_own(names: dict[str, str], found: StateDict) -> dict[str, str]:
+    if "AveragedModel" not in found.wrappers:
+        return names
+    return {stored: name for stored, name in names.items() if name not in OWN_NAMES}
+
+
+def _checked(names: dict[str, str]) -> dict[str, str]:
+    taken: dict[str, str] = {}
+    for stored, name in names.items():
+        if name in taken:
+            raise FormatError(f"{stored!r} and {taken[name]!r} would both be called {name!r}", name=stored)
+        taken[name] = stored
+    return names

@@ -1,0 +1,106 @@
+"""`verify`: every byte that carries a checksum, checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from zlib_ng import zlib_ng
+
+from anycard.checkpoint import Checkpoint, open_checkpoint
+from anycard.formats.safetensors import FINGERPRINT
+from anycard.limits import DEFAULT, Limits
+from anycard.operations.fingerprinting import fingerprint_of
+from anycard.tensors import Storage
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        path, format: The file.
+        damaged: Names of tensors or records whose checksum does not match.
+        unchecked: Names that carry no checksum.
+        checked: How many were checked and are whole.
+    """
+
+    path: str
+    format: str
+    damaged: tuple[str, ...]
+    unchecked: tuple[str, ...]
+    checked: int
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is damaged."""
+        return not self.damaged
+
+
+def verify(path: str | os.PathLike[str] | BinaryIO) -> Report:
+    """Check every checksum in a file.
+
+    Raises:
+        FormatError: The index cannot be read.
+    """
+    with open_checkpoint(path) as ckpt:
+        return verify_checkpoint(ckpt)
+
+
+def verify_checkpoint(ckpt: Checkpoint, limits: Limits = DEFAULT) -> Report:
+    """The same, of an open checkpoint."""
+    if ckpt.format == "safetensors":
+        return _by_fingerprint(ckpt, limits)
+    names: dict[int, list[str]] = {}
+    storages: dict[int, Storage] = {}
+    for name, info in ckpt.tensors.items():
+        storages[id(info.storage)] = info.storage
+        names.setdefault(id(info.storage), []).append(name)
+    damaged: list[str] = []
+    unchecked: list[str] = []
+    for place, storage in storages.items():
+        if storage.crc is None or storage.offset is None:
+            unchecked += names[place]
+        elif _crc(storage, limits) != storage.crc:
+            damaged += names[place]
+    damaged += _other_records(ckpt, {id(s): s for s in storages.values()}, limits)
+    checked = len(ckpt.tensors) - len(damaged) - len(unchecked)
+    return Report(ckpt.path, ckpt.format, tuple(damaged), tuple(unchecked), checked)
+
+
+def _other_records(ckpt: Checkpoint, storages: dict[int, Storage], limits: Limits) -> list[str]:
+    from anycard.errors import FormatError
+    from anycard.formats.torch_zip import record_bytes
+
+    offsets = {s.offset for s in storages.values()}
+    damaged = []
+    for name, record in ckpt.records.items():
+        if record.offset in offsets or record.crc is None:
+            continue
+        try:
+            record_bytes(ckpt._source, record, limits)
+        except FormatError:
+            damaged.append(name)
+    return damaged
+
+
+def _crc(storage: Storage, limits: Limits) -> int:
+    assert storage.source is not None and storage.offset is not None
+    crc = 0
+    buffer = memoryview(bytearray(min(limits.chunk_nbytes, storage.nbytes)))
+    for start in range(0, storage.nbytes, limits.chunk_nbytes):
+        part = buffer[: min(limits.chunk_nbytes, storage.nbytes - start)]
+        storage.source.read_into(storage.offset + start, part)
+        crc = zlib_ng.crc32(part, crc)
+    return crc
+
+
+def _by_fingerprint(ckpt: Checkpoint, limits: Limits) -> Report:
+    stored = ckpt.metadata.get(FINGERPRINT)
+    names = tuple(ckpt.tensors)
+    if stored is None:
+        return Report(ckpt.path, ckpt.format, (), names, 0)
+    if fingerprint_of({**ckpt.tensors, **ckpt._tied(ckpt.tensors)}, limits) != stored:
+        return Report(ckpt.path, ckpt.format, names, (), 0)
+    return Report(ckpt.path, ckpt.format, (), (), len(names))

@@ -1,0 +1,126 @@
+"""What a load would do: plain data, printable, made without torch and without reading a byte."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from anycard.tensors import TensorInfo
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+@dataclass
+class LoadPlan:
+    """Which stored tensor goes where, and what does not fit. `print()` it for a table.
+
+    Attributes:
+        path: The file.
+        model: The model's class name.
+        key: The place in the file that was chosen.
+        pairs: Canonical name in the model -> stored name in the file, of all that will be read.
+        missing: Names that the model has and the file lacks.
+        unexpected: Names that the file has and the model lacks.
+        renamed: Stored name -> canonical name, where they differ.
+        shapes: Name -> (shape in the file, shape in the model), where they differ.
+        casts: Name -> (dtype in the file, dtype in the model), where they differ.
+        refused: The names among `casts` that would lose a kind (float into integer).
+        conflicts: Pairs of tied names for which the file stores two tensors.
+        nearest: Missing name -> the nearest name in the file of the same shape.
+        notes: What else a reader should know, a line each.
+        called: Modules that load themselves and are called for real.
+    """
+
+    path: str
+    model: str
+    key: str = ""
+    pairs: dict[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    casts: dict[str, tuple[str, str]] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    conflicts: tuple[tuple[str, str], ...] = ()
+    nearest: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    called: tuple[str, ...] = ()
+    total: int = 0
+    nbytes: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """A strict load would go through (values of tied names aside)."""
+        return not (self.missing or self.unexpected or self.shapes or self.refused)
+
+    def problems(self) -> list[str]:
+        """A line for everything that does not fit."""
+        lines = [f"  missing     {self._missing(name)}" for name in self.missing]
+        lines += [f"  unexpected  {name}" for name in self.unexpected]
+        lines += [
+            f"  shape       {name}: {_size(stored)} in the file, {_size(own)} in the model"
+            for name, (stored, own) in self.shapes.items()
+        ]
+        lines += [
+            f"  dtype       {name}: {self.casts[name][0]} in the file into {self.casts[name][1]} would lose what it is"
+            for name in self.refused
+        ]
+        return lines
+
+    def _missing(self, name: str) -> str:
+        near = self.nearest.get(name)
+        return f"{name}   nearest in the file: {near}, same shape" if near else name
+
+    def verdict(self) -> str:
+        """One line: does it fit, and how much of it."""
+        size = f"{self.nbytes / 1e6:,.1f} MB"
+        counts = [
+            f"{len(held)} {word}"
+            for held, word in (
+                (self.missing, "missing"), (self.unexpected, "unexpected"),
+                (self.shapes, "of another shape"), (self.refused, "of another kind of dtype"),
+            )
+            if held
+        ]  # fmt: skip
+        fit = f"{len(self.pairs)} of {self.total} tensors fit ({size})"
+        return f"fits: {fit}" if self.fits else f"does not fit: {', '.join([fit, *counts])}"
+
+    def __str__(self) -> str:
+        lines = [f"{self.path} -> {self.model}: {self.verdict()}"]
+        if self.key:
+            lines.append(f"  from        {self.key!r} in the file")
+        lines += self.problems()
+        lines += [
+            f"  cast        {name}: {stored} in the file, {own} in the model"
+            for name, (stored, own) in self.casts.items()
+            if name not in self.refused
+        ]
+        lines += [f"  tied        {a} and {b}: two tensors in the file, one in the model" for a, b in self.conflicts]
+        lines += [f"  renamed     {stored} -> {name}" for stored, name in self.renamed.items()]
+        lines += [f"  note        {note}" for note in self.notes]
+        return "\n".join(_CONTROL.sub("?", line) for line in lines)
+
+
+LoadPlan.__module__ = "anycard"
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def nearest_names(
+    missing: tuple[str, ...],
+    own: Mapping[str, tuple[int, ...]],
+    unexpected: Mapping[str, TensorInfo],
+    most: int = 20,
+) -> dict[str, str]:
+    """For the first few missing names the nearest unexpected one of the same shape."""
+    found = {}
+    for name in missing[:most]:
+        same = [n for n, info in unexpected.items() if info.shape == own[name]]
+        best = difflib.get_close_matches(name, same[:1000], n=1, cutoff=0.0)
+        if best:
+            found[name] = best[0]
+    return found

@@ -1,0 +1,229 @@
+"""Match the stored names of a file against the names of a model. No torch, no bytes.
+
+Every stored name votes, with each of its suffixes that the model has, for the place in the file where
+the model's state dict begins; `module` segments count or not, wherever a wrapper may have put them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from anycard.errors import ChoiceError, MismatchError
+from anycard.names.stored import StateDict
+from anycard.names.wrappers import OWN_NAMES, removable, without_segments
+from anycard.tensors import TensorInfo
+
+Rename = Mapping[str, str] | Sequence[tuple[str, str]] | Callable[[str], str]
+Only = str | Sequence[str] | Callable[[str], bool]
+
+
+@dataclass
+class Match:
+    """One way to read a candidate as the model's state dict.
+
+    Attributes:
+        source: The candidate state dict.
+        prefix: Where in it the model's names begin, canonical, "" for its top.
+        names: Canonical name in the model's terms -> stored name (relative to the candidate), for
+            every stored tensor below the prefix, whether or not the model has the name.
+        outside: Stored names of the candidate that lie beside the prefix.
+        hits: How many of the model's names are there; `exact` of them have the model's shape.
+    """
+
+    source: StateDict
+    prefix: str
+    names: dict[str, str]
+    outside: tuple[str, ...]
+    hits: int = 0
+    exact: int = 0
+
+    @property
+    def where(self) -> str:
+        """The full path in the file."""
+        return ".".join(part for part in (self.source.key, self.prefix) if part)
+
+
+def find(
+    candidates: Sequence[StateDict],
+    shapes: Mapping[str, tuple[int, ...]],
+    rename: Rename | None,
+    path: str,
+    own: frozenset[str] = frozenset(),
+) -> Match:
+    """The one state dict (or part of one) that fits a model best.
+
+    Args:
+        candidates: What the file holds, by structure.
+        shapes: The model's canonical names and shapes.
+        rename: The caller's renames, on canonical names.
+
+    Raises:
+        ChoiceError: Two fit equally well, or there is none.
+        MismatchError: Two names become one by `rename`.
+    """
+    matches = [m for c in candidates for m in _readings(c, shapes, rename)]
+    if not matches:
+        raise ChoiceError(f"{path} holds no tensors that could be a model's weights", path=path)
+    for match in matches:
+        match.hits = sum(name in match.names for name in shapes)
+        match.exact = sum(
+            name in match.names and match.source.tensors[match.names[name]].shape == shape
+            for name, shape in shapes.items()
+        )
+    best = max((m.exact, m.hits) for m in matches)
+    top = [m for m in matches if (m.exact, m.hits) == best]
+    whole = [m for m in top if not m.prefix]
+    chosen = _distinct(whole or top, shapes)
+    if len(chosen) > 1:
+        raise ChoiceError(
+            f"{path} holds {len(chosen)} state dicts that fit equally well: "
+            f"{', '.join(repr(m.where) for m in chosen)}. Pick one with key={chosen[0].where!r}",
+            path=path,
+        )
+    return chosen[0]
+
+
+def _distinct(matches: list[Match], shapes: Mapping[str, object]) -> list[Match]:
+    """One match for each set of stored tensors."""
+    found = {}
+    for match in matches:
+        used = tuple((match.source.key, match.names.get(name)) for name in shapes)
+        found.setdefault(used, match)
+    return list(found.values())
+
+
+def _readings(
+    candidate: StateDict, shapes: Mapping[str, tuple[int, ...]], rename: Rename | None
+) -> list[Match]:
+    """The candidate from its top, and from every prefix that its names vote for."""
+    variants = _variants(candidate)
+    lookup = _lookup(shapes)
+    prefixes: dict[str, int] = {"": 0}
+    for forms in variants.values():
+        for prefix in {p for form in forms for p in _voted(form, lookup)}:
+            prefixes[prefix] = prefixes.get(prefix, 0) + 1
+    ranked = sorted(prefixes, key=lambda p: (-prefixes[p], len(p)))[:50]
+    return [_read_from(candidate, prefix, variants, lookup, rename) for prefix in {"": 0, **dict.fromkeys(ranked)}]
+
+
+def _variants(candidate: StateDict) -> dict[str, list[tuple[str, ...]]]:
+    """Stored name -> its possible names in parts, the one without any wrapper segment first."""
+    if candidate.canonical is not None:
+        return {stored: [tuple(name.split("."))] for stored, name in candidate.canonical.items()}
+    parts = {stored: tuple(without_segments(stored).split(".")) for stored in candidate.tensors}
+    nodes = removable(parts.values())
+    return {stored: _forms(name, nodes) for stored, name in parts.items()}
+
+
+def _forms(name: tuple[str, ...], nodes: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    places = [i for i, part in enumerate(name) if part == "module" and name[:i] in nodes][:6]
+    own = name[-1] in OWN_NAMES and name[:-1] in nodes
+    forms = []
+    for mask in range((1 << len(places)) - 1, -1, -1):
+        gone = {place for bit, place in enumerate(places) if mask >> bit & 1}
+        forms.append(tuple(part for i, part in enumerate(name) if i not in gone))
+    return [("",)] if own else forms
+
+
+def _lookup(shapes: Iterable[str]) -> dict[tuple[str, ...], str]:
+    """The model's names in parts, also without its own removable `module` segments."""
+    parts = {tuple(name.split(".")): name for name in shapes}
+    nodes = removable(parts)
+    reduced = {_forms(name, nodes)[0]: full for name, full in parts.items()} if nodes else {}
+    return {**reduced, **parts}
+
+
+def _voted(form: tuple[str, ...], lookup: Mapping[tuple[str, ...], str]) -> Iterable[str]:
+    for start in range(1, len(form)):
+        if form[start:] in lookup:
+            yield ".".join(form[:start])
+
+
+def _read_from(
+    candidate: StateDict,
+    prefix: str,
+    variants: Mapping[str, list[tuple[str, ...]]],
+    lookup: Mapping[tuple[str, ...], str],
+    rename: Rename | None,
+) -> Match:
+    start = tuple(prefix.split(".")) if prefix else ()
+    names: dict[str, str] = {}
+    outside = []
+    for stored, forms in variants.items():
+        below = [form[len(start) :] for form in forms if form[: len(start)] == start and len(form) > len(start)]
+        if forms == [("",)]:
+            continue
+        if not below:
+            outside.append(stored)
+            continue
+        name = next((lookup[form] for form in below if form in lookup), ".".join(below[0]))
+        names[_renamed_once(name, below, rename)] = stored
+    if len(names) + len(outside) + sum(f == [("",)] for f in variants.values()) < len(variants):
+        _refuse_collision(variants, start, lookup, rename)
+    return Match(candidate, prefix, names, tuple(outside))
+
+
+def _renamed_once(name: str, below: list[tuple[str, ...]], rename: Rename | None) -> str:
+    return name if rename is None else renamed(".".join(below[0]), rename)
+
+
+def _refuse_collision(
+    variants: Mapping[str, list[tuple[str, ...]]],
+    start: tuple[str, ...],
+    lookup: Mapping[tuple[str, ...], str],
+    rename: Rename | None,
+) -> None:
+    taken: dict[str, str] = {}
+    for stored, forms in variants.items():
+        below = [form[len(start) :] for form in forms if form[: len(start)] == start and len(form) > len(start)]
+        if not below or forms == [("",)]:
+            continue
+        name = next((lookup[form] for form in below if form in lookup), ".".join(below[0]))
+        name = _renamed_once(name, below, rename)
+        if name in taken:
+            raise MismatchError(f"{taken[name]!r} and {stored!r} would both become {name!r}: two names are one")
+        taken[name] = stored
+
+
+def renamed(name: str, rename: Rename) -> str:
+    """The name after the caller's renames: mapping, list of (regex, replacement), or function."""
+    if callable(rename):
+        return rename(name)
+    if isinstance(rename, Mapping):
+        for old in sorted(rename, key=len, reverse=True):
+            if name == old:
+                return rename[old]
+            bare = old.rstrip(".")
+            if name.startswith(bare + "."):
+                new = rename[old].rstrip(".")
+                rest = name[len(bare) + 1 :]
+                return f"{new}.{rest}" if new else rest
+        return name
+    for pattern, replacement in rename:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def selected(names: Iterable[str], only: Only) -> set[str]:
+    """The names that `only=` asks for.
+
+    Raises:
+        ValueError: It asks for none of them.
+    """
+    held = list(names)
+    if callable(only):
+        chosen = {name for name in held if only(name)}
+    else:
+        globs = [only] if isinstance(only, str) else list(only)
+        chosen = {n for n in held for g in globs if fnmatch.fnmatchcase(n, g) or n.startswith(g.rstrip(".") + ".")}
+    if not chosen:
+        raise ValueError(f"only={only!r} matches none of the model's {len(held)} names, such as {held[:3]}")
+    return chosen
+
+
+def infos(match: Match) -> dict[str, TensorInfo]:
+    """Canonical name -> stored tensor, of a match."""
+    return {name: match.source.tensors[stored] for name, stored in match.names.items()}

@@ -1,0 +1,121 @@
+"""Run a model's factory without the initialisation that a load would overwrite.
+
+A `TorchFunctionMode` (local to this thread) puts off every in-place operation on fresh memory that
+depends on nothing but plain values (`uniform_`, `fill_`, `mul_`, …), per storage and in order. Where
+anything reads such a storage, what was put off is done first; so what `__init__` computes comes out
+right. After the load, `finish` does it for whatever the file did not fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+# Functions that look at a tensor, not at its values; and those that give a view of it.
+_METADATA = frozenset(
+    "dim size shape dtype device numel nelement is_floating_point is_complex requires_grad requires_grad_ ndim "
+    "stride is_contiguous __len__ element_size layout is_cuda is_cpu is_meta is_sparse is_quantized grad grad_fn "
+    "is_leaf storage_offset names __hash__ register_hook _version is_nested is_mkldnn is_xpu is_mps "
+    "_backward_hooks retains_grad output_nr itemsize nbytes is_signed".split()
+)
+_VIEWS = frozenset(
+    "data detach view view_as reshape t T mT transpose permute unsqueeze squeeze __getitem__ narrow select flatten "
+    "expand chunk split unbind as_strided diagonal swapaxes movedim".split()
+)
+_FILLS = frozenset(
+    "zero_ fill_ uniform_ normal_ log_normal_ exponential_ cauchy_ geometric_ bernoulli_ random_".split()
+)
+
+
+class _PutOff(TorchFunctionMode):
+    """Records initialisations per storage instead of running them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: dict[int, list[tuple[torch.Tensor, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _short_name(func)
+        if name in _METADATA:
+            return func(*args, **kwargs)
+        if self._can_wait(name, args, kwargs):
+            target = args[0]
+            self.pending.setdefault(_place(target), []).append((target.detach(), func, args[1:], kwargs))
+            return target
+        if self.pending and name not in _VIEWS:
+            self._settle((*args, *kwargs.values()))
+        return func(*args, **kwargs)
+
+    def _can_wait(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not (name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], torch.Tensor)):
+            return False
+        target = args[0]
+        if target.is_meta or target.layout is not torch.strided or type(target) not in (torch.Tensor, nn.Parameter):
+            return False
+        if any(isinstance(value, (torch.Tensor, list, tuple)) for value in (*args[1:], *kwargs.values())):
+            return False
+        return name in _FILLS or (_place(target) in self.pending and name in _ARITHMETIC)
+
+    def _settle(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                if value.layout is torch.strided and not value.is_meta:
+                    self.run(_place(value))
+            elif isinstance(value, (list, tuple)):
+                self._settle(value)
+
+    def run(self, place: int) -> None:
+        """Do what was put off for a storage."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for target, func, args, kwargs in self.pending.pop(place, ()):
+                func(target, *args, **kwargs)
+
+
+_ARITHMETIC = frozenset("mul_ add_ sub_ div_ clamp_ clamp_min_ clamp_max_ erfinv_ neg_ pow_ sqrt_ exp_".split())
+
+
+def _short_name(func: Any) -> str:
+    name = getattr(func, "__name__", "") or ""
+    if name in ("__get__", "__set__"):
+        name = getattr(getattr(func, "__self__", None), "__name__", "") or (resolve_name(func) or "").split(".")[-2]
+    return str(name)
+
+
+def _place(tensor: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunction():
+        return int(tensor.untyped_storage().data_ptr())
+
+
+class Built:
+    """A model fresh from its factory, with what was put off."""
+
+    def __init__(self, model: nn.Module, mode: _PutOff) -> None:
+        self.model = model
+        self._mode = mode
+
+    def finish(self, filled: Iterable[torch.Tensor]) -> None:
+        """Initialise, in the order of `__init__`, all that is not among the tensors to be filled."""
+        skip = {_place(t) for t in filled if not t.is_meta and t.layout is torch.strided}
+        for place in [p for p in self._mode.pending if p not in skip]:
+            self._mode.run(place)
+
+
+def build(factory: Callable[[], Any]) -> Built:
+    """Call the factory; nothing is initialised that can wait.
+
+    Raises:
+        TypeError: It does not give an `nn.Module`.
+    """
+    mode = _PutOff()
+    with mode:
+        model = factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the factory gave a {type(model).__name__}, not an nn.Module")
+    return Built(model, mode)

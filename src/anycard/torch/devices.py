@@ -1,0 +1,44 @@
+"""Where tensors should go, and whether that is there."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from anycard.errors import DeviceError
+
+
+def find_device(device: Any) -> torch.device:
+    """The device asked for, checked to be there.
+
+    Raises:
+        DeviceError: This machine lacks it; says what is there, and CUDA_VISIBLE_DEVICES where it is set.
+    """
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(f"device={device!r} is not a device: {str(error).splitlines()[0]}") from None
+    if wanted.type in ("cpu", "meta"):
+        return wanted
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError):
+        raise DeviceError(f"device={str(wanted)!r} is not there. This machine has: {_present()}.{_visible()}") from None
+    return wanted
+
+
+def _present() -> str:
+    found = ["cpu"]
+    for kind in ("cuda", "xpu"):
+        count = getattr(torch, kind).device_count()
+        found += [f"{kind}:{i}" for i in range(count)]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return ", ".join(found)
+
+
+def _visible() -> str:
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "" if value is None else f" CUDA_VISIBLE_DEVICES is {value!r}."
