@@ -1,101 +1,138 @@
-"""Write a zip that torch reads and maps: stored, aligned to 64, no times. Source: APPNOTE.TXT 4.3, 4.5.3."""
+"""Zip archives, stored only, laid out before the first byte is written. Knows no tensors.
+
+Source: PKWARE APPNOTE 6.3.10, sections 4.3 to 4.5. The padding field "FB" is PyTorch's.
+"""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import BinaryIO, NamedTuple
+from dataclasses import dataclass
+from typing import BinaryIO
 
 from zlib_ng import zlib_ng
 
 from anycard.disk.pieces import Piece
+from anycard.errors import CheckpointError
 from anycard.limits import Limits
 
-_ALIGN = 64
-_MOST = 0xFFFFFFFF
+ALIGNMENT = 64
+_U32 = 0xFFFFFFFF  # from here on a 32-bit field says "see the zip64 field"; tests lower it
+_U16 = 0xFFFF
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_PADDING = 0x4246
+_UTF8 = 0x0800
 
 
-class _Planned(NamedTuple):
+@dataclass
+class _Record:
     name: bytes
     piece: Piece
-    header: int
-    extra: bytes
+    offset: int
+    crc: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.piece.nbytes
+
+    @property
+    def flags(self) -> int:
+        return 0 if self.name.isascii() else _UTF8
+
+    @property
+    def data(self) -> int:
+        """Offset of the first byte of data, a multiple of 64."""
+        least = self.offset + _LOCAL.size + len(self.name) + len(_wide_local(self.size)) + 4
+        return least + -least % ALIGNMENT
 
 
 def write_zip(file: BinaryIO, records: Sequence[tuple[str, Piece]], limits: Limits) -> None:
-    """Write the records from the file's start. The same records give the same bytes.
+    """Write an archive from where the (seekable) file stands. Same records, same bytes.
 
-    Offsets are planned first; a header is written behind its data, once the CRC is known.
+    Raises:
+        CheckpointError: A name is there twice or too long, or a piece gave other bytes than planned.
     """
-    plan, end = _plan(records)
-    crcs = []
-    for planned in plan:
-        start = planned.header + 30 + len(planned.name) + len(planned.extra)
-        file.seek(start)
-        crc = 0
-        for chunk in planned.piece.chunks(limits.chunk_nbytes):
-            crc = zlib_ng.crc32(chunk, crc)
-            file.write(chunk)
-        crcs.append(crc)
-        file.seek(planned.header)
-        file.write(_local(planned, crc))
-    file.seek(end)
-    directory = b"".join(_entry(planned, crc) for planned, crc in zip(plan, crcs, strict=True))
-    file.write(directory)
-    file.write(_end(len(plan), len(directory), end))
+    base = file.tell()
+    planned, directory = _plan(records)
+    for record in planned:
+        _write_record(file, base, record, limits)
+    entries = b"".join(map(_central, planned))
+    file.write(entries)
+    file.write(_end(len(planned), directory, len(entries)))
 
 
-def _plan(records: Sequence[tuple[str, Piece]]) -> tuple[list[_Planned], int]:
-    plan = []
+def _plan(records: Sequence[tuple[str, Piece]]) -> tuple[list[_Record], int]:
+    planned = []
+    seen: set[str] = set()
     at = 0
-    for text, piece in records:
-        name = text.encode("utf-8")
-        wide = _zip64_local(piece.nbytes)
-        # torch pads with an extra field "FB"; its four bytes of head must fit, too.
-        pad = -(at + 30 + len(name) + len(wide) + 4) % _ALIGN
-        extra = wide + struct.pack("<2sH", b"FB", pad) + b"Z" * pad
-        plan.append(_Planned(name, piece, at, extra))
-        at += 30 + len(name) + len(extra) + piece.nbytes
-    return plan, at
+    for name, piece in records:
+        encoded = name.encode()
+        if name in seen or len(encoded) > 0xFF00:
+            raise CheckpointError(f"the record name {name[:200]!r} is there twice or too long", name=name)
+        seen.add(name)
+        record = _Record(encoded, piece, at)
+        planned.append(record)
+        at = record.data + record.size
+    return planned, at
 
 
-def _zip64_local(nbytes: int) -> bytes:
-    return struct.pack("<2H2Q", 1, 16, nbytes, nbytes) if nbytes >= _MOST else b""
+def _write_record(file: BinaryIO, base: int, record: _Record, limits: Limits) -> None:
+    """Small records are summed first and written in one go; of others the header is patched after."""
+    small = record.size <= limits.chunk_nbytes
+    if not small:
+        file.write(_header(record))
+    done = 0
+    for chunk in record.piece.chunks(limits.chunk_nbytes):
+        record.crc = zlib_ng.crc32(chunk, record.crc)
+        done += len(chunk)
+        if small and done == record.size:
+            file.write(_header(record))
+        file.write(chunk)
+    if done != record.size:
+        name = record.name.decode()
+        raise CheckpointError(f"{name}: {record.size:,} bytes were planned, {done:,} came", name=name)
+    if small and done == 0:
+        file.write(_header(record))
+    if not small:
+        file.seek(base + record.offset + 14)
+        file.write(struct.pack("<I", record.crc))
+        file.seek(base + record.data + record.size)
 
 
-def _local(planned: _Planned, crc: int) -> bytes:
-    size = min(planned.piece.nbytes, _MOST)
-    return (
-        struct.pack(
-            "<4s5H3L2H", b"PK\x03\x04", 45 if size == _MOST else 20, 0x0800, 0, 0, 0x21, crc, size, size,
-            len(planned.name), len(planned.extra),
-        )
-        + planned.name
-        + planned.extra
+def _wide_local(size: int) -> bytes:
+    return struct.pack("<2H2Q", 1, 16, size, size) if size >= _U32 else b""
+
+
+def _header(record: _Record) -> bytes:
+    wide = _wide_local(record.size)
+    pad = record.data - record.offset - _LOCAL.size - len(record.name) - len(wide) - 4
+    extra = wide + struct.pack("<2H", _PADDING, pad) + b"Z" * pad
+    size = 0xFFFFFFFF if wide else record.size
+    version = 45 if wide else 20
+    fixed = _LOCAL.pack(
+        b"PK\3\4", version, record.flags, 0, 0, 0, record.crc, size, size, len(record.name), len(extra)
     )  # fmt: skip
+    return fixed + record.name + extra
 
 
-def _entry(planned: _Planned, crc: int) -> bytes:
-    nbytes, header = planned.piece.nbytes, planned.header
-    values = [nbytes, nbytes] if nbytes >= _MOST else []
-    values += [header] if header >= _MOST else []
-    extra = struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
-    size = min(nbytes, _MOST)
-    version = 45 if values else 20
-    return (
-        struct.pack(
-            "<4s6H3L5H2L", b"PK\x01\x02", version, version, 0x0800, 0, 0, 0x21, crc, size, size,
-            len(planned.name), len(extra), 0, 0, 0, 0, min(header, _MOST),
-        )
-        + planned.name
-        + extra
+def _central(record: _Record) -> bytes:
+    fields = [value for value in (record.size, record.size, record.offset) if value >= _U32]
+    extra = struct.pack(f"<2H{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
+    size, offset = (0xFFFFFFFF if value >= _U32 else value for value in (record.size, record.offset))
+    version = 45 if fields else 20
+    fixed = _CENTRAL.pack(
+        b"PK\1\2", version, version, record.flags, 0, 0, 0, record.crc, size, size,
+        len(record.name), len(extra), 0, 0, 0, 0, offset,
     )  # fmt: skip
+    return fixed + record.name + extra
 
 
-def _end(count: int, size: int, start: int) -> bytes:
+def _end(count: int, directory: int, nbytes: int) -> bytes:
     wide = b""
-    if count >= 0xFFFF or start >= _MOST or size >= _MOST:
-        wide = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
-        wide += struct.pack("<4sLQL", b"PK\x06\x07", 0, start + size, 1)
-    short = min(count, 0xFFFF)
-    return wide + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, short, short, min(size, _MOST), min(start, _MOST), 0)
+    if count >= _U16 or directory >= _U32 or nbytes >= _U32:
+        wide = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, nbytes, directory)
+        wide += struct.pack("<4sIQI", b"PK\6\7", 0, directory + nbytes, 1)
+    entries = 0xFFFF if count >= _U16 else count
+    nbytes, directory = (0xFFFFFFFF if value >= _U32 else value for value in (nbytes, directory))
+    return wide + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, entries, entries, nbytes, directory, 0)

@@ -1,4 +1,4 @@
-"""What is to be written: bytes in memory, a range of another file, or bytes made when their turn comes."""
+"""Bytes to be written: in memory, in another file, or made when their turn comes. Knows no tensors."""
 
 from __future__ import annotations
 
@@ -6,43 +6,74 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from anycard.disk.source import Source
+from anycard.errors import CheckpointError
 
 
 class Piece(Protocol):
-    """A run of bytes of known size, given in chunks."""
+    """Some bytes whose number is known before they are there.
 
-    nbytes: int
+    Attributes:
+        nbytes: How many.
+    """
+
+    @property
+    def nbytes(self) -> int: ...
 
     def chunks(self, chunk_nbytes: int) -> Iterator[memoryview]:
-        """The bytes in order, at most `chunk_nbytes` at once."""
+        """The bytes in order, at most `chunk_nbytes` at once; a chunk is valid until the next one."""
+        ...
 
 
-class Lazy:
-    """Bytes that are made when written, and let go after."""
+class Bytes:
+    """A buffer in memory."""
 
-    def __init__(self, nbytes: int, make: Callable[[], memoryview | bytes]) -> None:
-        self.nbytes = nbytes
-        self._make = make
+    def __init__(self, data: bytes | bytearray | memoryview) -> None:
+        self._view = _flat(memoryview(data))
+        self.nbytes = len(self._view)
 
     def chunks(self, chunk_nbytes: int) -> Iterator[memoryview]:
         """See `Piece`."""
-        view = memoryview(self._make())
-        for start in range(0, self.nbytes, chunk_nbytes):
-            yield view[start : start + chunk_nbytes]
+        return _cut(self._view, chunk_nbytes)
 
 
 class FileRange:
-    """A range of another file, read in bounded chunks."""
+    """A range of a source, read in bounded chunks into one buffer that is used again."""
 
     def __init__(self, source: Source, offset: int, nbytes: int) -> None:
-        self.nbytes = nbytes
         self._source = source
         self._offset = offset
+        self.nbytes = nbytes
 
     def chunks(self, chunk_nbytes: int) -> Iterator[memoryview]:
         """See `Piece`."""
         buffer = memoryview(bytearray(min(chunk_nbytes, self.nbytes)))
         for start in range(0, self.nbytes, chunk_nbytes):
-            part = buffer[: min(chunk_nbytes, self.nbytes - start)]
-            self._source.read_into(self._offset + start, part)
-            yield part
+            view = buffer[: min(chunk_nbytes, self.nbytes - start)]
+            self._source.read_into(self._offset + start, view)
+            yield view
+
+
+class Lazy:
+    """A buffer that is made when it is written, and let go of after."""
+
+    def __init__(self, nbytes: int, make: Callable[[], memoryview]) -> None:
+        self.nbytes = nbytes
+        self._make = make
+
+    def chunks(self, chunk_nbytes: int) -> Iterator[memoryview]:
+        """See `Piece`."""
+        view = _flat(self._make())
+        if len(view) != self.nbytes:
+            raise CheckpointError(f"{self.nbytes:,} bytes were planned, {len(view):,} came")
+        yield from _cut(view, chunk_nbytes)
+
+
+def _flat(view: memoryview) -> memoryview:
+    if view.ndim == 1 and view.format == "B":
+        return view
+    return memoryview(b"") if view.nbytes == 0 else view.cast("B")
+
+
+def _cut(view: memoryview, chunk_nbytes: int) -> Iterator[memoryview]:
+    for start in range(0, len(view), chunk_nbytes):
+        yield view[start : start + chunk_nbytes]

@@ -1,4 +1,4 @@
-"""Write a torch zip: the pickle, one record a storage, and anycard's mark (which torch ignores)."""
+"""PyTorch's zip format (since 1.6), as `torch.load` reads it: which records, in which order."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
-from anycard.containers.zip_writer import write_zip
-from anycard.disk.pieces import Lazy, Piece
+from anycard.containers.zip_writer import ALIGNMENT, write_zip
+from anycard.disk.pieces import Bytes, Piece
 from anycard.limits import Limits
+
+ROOT = "archive"
+MARK = ".anycard.json"
 
 
 def write_torch_zip(
     file: BinaryIO, pickled: bytes, storages: Sequence[Piece], mark: Mapping[str, Any] | None, limits: Limits
 ) -> None:
-    """Write the archive; record names start with `archive/`, whatever the file is called."""
+    """Write the pickle, the storages (keys "0", "1", …) and anycard's own record, if any.
+
+    Record names never depend on the file's name, so the same weights give the same bytes.
+    """
     records: list[tuple[str, Piece]] = [
-        ("archive/data.pkl", _text(pickled)),
-        ("archive/.format_version", _text(b"1")),
-        ("archive/.storage_alignment", _text(b"64")),
-        ("archive/byteorder", _text(b"little")),
+        ("data.pkl", Bytes(pickled)),
+        (".format_version", Bytes(b"1")),
+        (".storage_alignment", Bytes(str(ALIGNMENT).encode())),
+        ("byteorder", Bytes(b"little")),
+        *((f"data/{key}", piece) for key, piece in enumerate(storages)),
+        ("version", Bytes(b"3\n")),
     ]
-    records += [(f"archive/data/{key}", piece) for key, piece in enumerate(storages)]
-    records.append(("archive/version", _text(b"3\n")))
     if mark is not None:
-        data = json.dumps(mark, sort_keys=True, separators=(",", ":")).encode()
-        records.append(("archive/.anycard.json", _text(data)))
-    write_zip(file, records, limits)
+        records.append((MARK, Bytes(_compact(mark))))
+    write_zip(file, [(f"{ROOT}/{name}", piece) for name, piece in records], limits)
 
 
-def _text(data: bytes) -> Piece:
-    return Lazy(len(data), lambda: data)
+def _compact(mark: Mapping[str, Any]) -> bytes:
+    return json.dumps(mark, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -1,19 +1,27 @@
-"""Write the pickles that torch reads, without torch. Source: torch/_tensor.py, torch/serialization.py."""
+"""The pickle of a torch file, written without torch: same content, same bytes.
+
+Python's own pickler in its Python form, because only that lets `save` put another object in one's place.
+"""
 
 from __future__ import annotations
 
+import codecs
 import io
 import pickle
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
+from anycard.errors import CheckpointError
 from anycard.tensors import DTYPES
+
+PROTOCOL = 2
 
 
 @dataclass(frozen=True)
 class GlobalRef:
-    """A class or function, by name; never imported."""
+    """A class or function by name; written without importing it."""
 
     module: str
     name: str
@@ -21,15 +29,26 @@ class GlobalRef:
 
 @dataclass(frozen=True, eq=False)
 class Reduced:
-    """A call that the reader makes."""
+    """The result of a call that the reader makes: `torch.Size((2, 3))`."""
 
-    callee: GlobalRef
+    callable_ref: GlobalRef
     args: tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class TensorRef:
-    """A tensor in a storage of the archive; `storage_numel` and strides in elements."""
+    """A tensor whose bytes stand in a storage record. One object met twice is one tensor when read.
+
+    Attributes:
+        storage_key: The record's name below `data/`.
+        dtype: torch's name (`"float32"`).
+        device: The tag that the file carries.
+        storage_numel: Elements of the dtype in the storage.
+        storage_offset: Elements before the first.
+        shape, stride: As torch counts them.
+        requires_grad: As stored.
+        parameter: Written as an `nn.Parameter`.
+    """
 
     storage_key: str
     dtype: str
@@ -42,97 +61,127 @@ class TensorRef:
     parameter: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class _Persistent:
-    pid: tuple[Any, ...]
-
-
 class TorchPickler(pickle._Pickler):
-    """Protocol 2, as torch writes it; the bytes do not depend on which equal strings are one object."""
+    """Writes plain data, the references above, and whatever pickle itself can; text and bytes by value."""
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=2)
-        self._strings: dict[str, str] = {}
-        self._globals: dict[GlobalRef, GlobalRef] = {}
-        self._alive: list[Any] = []  # the memo goes by id: nothing may die before the end
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, PROTOCOL)
+        self._by_value: dict[Any, Any] = {}
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        """Write one object."""
-        kind = type(obj)
-        self._alive.append(obj)
-        if kind is str:
-            obj = self._strings.setdefault(obj, obj)
-        elif kind is GlobalRef:
-            self._save_global_ref(self._globals.setdefault(obj, obj))
-            return
-        elif kind is TensorRef:
-            self._save_once(obj, lambda: self._tensor(obj))
-            return
-        elif kind is Reduced:
-            self._save_once(obj, lambda: self._reduce(obj.callee, obj.args))
-            return
-        elif kind is _Persistent:
-            self.save(obj.pid)
-            self.write(pickle.BINPERSID)
-            return
-        elif kind is set:
-            self._reduce(GlobalRef("__builtin__", "set"), (sorted(obj, key=repr),))
-            return
-        elif kind is OrderedDict:
-            self._save_once(obj, lambda: self._ordered(obj))
-            return
-        super().save(obj, save_persistent_id)
-
-    def _save_once(self, obj: Any, write: Any) -> None:
+        """Write one object; equal immutable ones become one object, whichever they were."""
+        obj = self._canonical(obj)
         known = self.memo.get(id(obj))
         if known is not None:
             self.write(self.get(known[0]))
-            return
-        write()
-        self.memoize(obj)
+        elif not self._save_special(obj):
+            super().save(obj, save_persistent_id)
 
-    def _save_global_ref(self, ref: GlobalRef) -> None:
-        self._save_once(ref, lambda: self.write(f"c{ref.module}\n{ref.name}\n".encode()))
+    def _canonical(self, obj: Any) -> Any:
+        key = _value_key(obj)
+        return obj if key is None else self._by_value.setdefault(key, obj)
 
-    def _reduce(self, callee: GlobalRef, args: tuple[Any, ...]) -> None:
-        self.save(callee)
+    def _save_special(self, obj: Any) -> bool:
+        kind = type(obj)
+        if kind is GlobalRef:
+            self._global(obj)
+        elif kind is TensorRef:
+            self._tensor(obj)
+        elif kind is Reduced:
+            self.reduce(obj.callable_ref, obj.args, obj)
+        elif kind is bytes:
+            self.reduce(GlobalRef("_codecs", "encode"), (codecs.decode(obj, "latin1"), "latin1"), obj)
+        elif kind is set or kind is frozenset:
+            self._set(obj)
+        else:
+            return False
+        return True
+
+    def reduce(self, function: GlobalRef, args: tuple[Any, ...], obj: Any = None) -> None:
+        """Write a call of `function` by name; `obj`, if given, is remembered as its result."""
+        self.save(function)
         self.save(args)
         self.write(pickle.REDUCE)
+        if obj is not None:
+            self.memoize(obj)
 
-    def _ordered(self, obj: OrderedDict[Any, Any]) -> None:
-        self._reduce(GlobalRef("collections", "OrderedDict"), ())
-        self._batch_setitems(obj.items())  # type: ignore[attr-defined]
-        state = obj.__dict__
-        if state:
-            self.save(dict(sorted(state.items())))
-            self.write(pickle.BUILD)
+    def _global(self, ref: GlobalRef) -> None:
+        if "\n" in ref.module + ref.name or not ref.module or not ref.name:
+            raise CheckpointError(f"{ref.module}.{ref.name} cannot be named in a pickle")
+        self.write(pickle.GLOBAL + f"{ref.module}\n{ref.name}\n".encode())
+        self.memoize(ref)
+
+    def _set(self, obj: set[Any] | frozenset[Any]) -> None:
+        self.reduce(GlobalRef("__builtin__", type(obj).__name__), (self.in_order(obj),), obj)
+
+    def in_order(self, items: Iterable[Any]) -> list[Any]:
+        """A set's elements in an order that does not depend on addresses or on the hash seed."""
+        return sorted(items, key=self._order)
+
+    def _order(self, item: Any) -> tuple[str, Any]:
+        kind = type(item)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if kind in (bool, int, str, bytes):
+            return name, item
+        key = _value_key(item)
+        if key is not None or item is None or kind in (float, complex):
+            return name, repr(item)
+        if kind is frozenset:
+            return name, repr(self.in_order(item))
+        known = self.memo.get(id(self._canonical(item)))
+        return name + " object", known[0] if known is not None else len(self.memo)
 
     def _tensor(self, ref: TensorRef) -> None:
         if ref.parameter:
-            bare = TensorRef(
+            data = TensorRef(
                 ref.storage_key, ref.dtype, ref.device, ref.storage_numel, ref.storage_offset, ref.shape, ref.stride
-            )
-            args = (bare, ref.requires_grad, OrderedDict())
-            self._reduce(GlobalRef("torch._utils", "_rebuild_parameter"), args)
+            )  # fmt: skip
+            rebuild, args = "_rebuild_parameter", (data, ref.requires_grad, OrderedDict[str, Any]())
+            self.reduce(GlobalRef("torch._utils", rebuild), args, ref)
             return
         row = DTYPES[ref.dtype]
-        kind = GlobalRef("torch", row.storage) if row.storage else GlobalRef("torch.storage", "UntypedStorage")
-        count = ref.storage_numel if row.storage else ref.storage_numel * row.itemsize
-        storage = _Persistent(("storage", kind, ref.storage_key, ref.device, count))
-        common = (storage, ref.storage_offset, ref.shape, ref.stride, ref.requires_grad, OrderedDict())
+        self.save(GlobalRef("torch._utils", "_rebuild_tensor_v2" if row.storage else "_rebuild_tensor_v3"))
+        self.write(pickle.MARK)
+        self._storage(ref)
+        for part in (ref.storage_offset, ref.shape, ref.stride, ref.requires_grad, OrderedDict[str, Any]()):
+            self.save(part)
+        if not row.storage:
+            self.save(GlobalRef("torch", ref.dtype))
+        self.write(pickle.TUPLE + pickle.REDUCE)
+        self.memoize(ref)
+
+    def _storage(self, ref: TensorRef) -> None:
+        row = DTYPES[ref.dtype]
         if row.storage:
-            self._reduce(GlobalRef("torch._utils", "_rebuild_tensor_v2"), common)
+            kind, numel = GlobalRef("torch", row.storage), ref.storage_numel
         else:
-            args = (*common, GlobalRef("torch", ref.dtype))
-            self._reduce(GlobalRef("torch._utils", "_rebuild_tensor_v3"), args)
+            kind, numel = GlobalRef("torch.storage", "UntypedStorage"), ref.storage_numel * row.itemsize
+        self.save(("storage", kind, ref.storage_key, ref.device, numel))
+        self.write(pickle.BINPERSID)
+
+
+def _value_key(obj: Any) -> Any:
+    """A key that two objects share where one may be written for the other; None where none may."""
+    kind = type(obj)
+    if kind is str or kind is bytes or kind is GlobalRef:
+        return kind, obj
+    if kind is tuple:
+        keys = [_element_key(part) for part in obj]
+        return None if None in keys else (tuple, *keys)
+    return None
+
+
+def _element_key(obj: Any) -> Any:
+    kind = type(obj)
+    if obj is None or kind is bool or kind is int:
+        return kind, obj
+    if kind is float or kind is complex:
+        return kind, repr(obj)
+    return _value_key(obj)
 
 
 def dump(obj: Any) -> bytes:
-    """The pickle of plain data, `TensorRef`, `GlobalRef` and `Reduced`."""
-    out = io.BytesIO()
-    pickler = TorchPickler(out)
-    pickler.dump(obj)
-    return out.getvalue()
-
-
-__all__ = ["GlobalRef", "Reduced", "TensorRef", "TorchPickler", "dump"]
+    """The pickle of plain data and references; an object's identity matters, an equal text's does not."""
+    file = io.BytesIO()
+    TorchPickler(file).dump(obj)
+    return file.getvalue()

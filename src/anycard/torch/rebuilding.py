@@ -1,0 +1,213 @@
+"""Rebuild a whole model from inert data, importing nothing but torch's own modules and what is allowed.
+
+Objects are made by `__new__` and state; `__init__` never runs. Nothing is called but what `allow=` names
+in full.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from anycard.checkpoint import Checkpoint
+from anycard.errors import ChoiceError, FormatError, UntrustedError
+from anycard.names.choosing import pick
+from anycard.names.stored import inert_wrapper, module_state, wrapped_module
+from anycard.pickles.stubs import Inert
+from anycard.tensors import TensorInfo
+from anycard.torch.dtypes import TO_TORCH
+from anycard.torch.reading import read_tensor
+
+_DATA = {("torch", "device"), ("torch", "Size")}
+
+
+def rebuild_model(ckpt: Checkpoint, allow: str | Sequence[str], key: str | None = None) -> nn.Module:
+    """The whole model in a checkpoint, out of its wrappers.
+
+    Raises:
+        UntrustedError: Classes are needed that `allow` does not name; lists them all.
+        ChoiceError: The file holds several whole models, or none.
+    """
+    found = pick([c for c in ckpt.state_dicts if c.canonical is not None], key, ckpt.path)
+    root = _at(ckpt.tree, found.key)
+    builder = _Builder((allow,) if isinstance(allow, str) else tuple(allow), ckpt.path)
+    builder.look(root)
+    builder.refuse()
+    model = builder.make(root)
+    if not isinstance(model, nn.Module):
+        raise ChoiceError(f"{ckpt.path}: {type(model).__name__} is no nn.Module", path=ckpt.path)
+    return model
+
+
+def _at(tree: Any, key: str) -> Any:
+    while key:
+        for name, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            if key == str(name) or key.startswith(f"{name}."):
+                tree, key = value, key[len(str(name)) + 1 :]
+                break
+        else:
+            raise FormatError(f"no object at {key!r}")
+    return tree
+
+
+def _inner(obj: Any) -> Any:
+    """The module behind wrappers."""
+    while isinstance(obj, Inert):
+        inside = wrapped_module(obj)
+        row, state = inert_wrapper(obj), module_state(obj)
+        if inside is not None:
+            obj = inside
+        elif row is not None and state is not None and row.child in state["_modules"]:
+            obj = state["_modules"][row.child]
+        else:
+            break
+    return obj
+
+
+class _Builder:
+    def __init__(self, allow: tuple[str, ...], path: str) -> None:
+        self.allow = allow
+        self.path = path
+        self.missing: dict[str, None] = {}
+        self.made: dict[int, Any] = {}
+        self.keep: list[Any] = []
+
+    def refuse(self) -> None:
+        """UntrustedError where anything is needed that was not allowed."""
+        if self.missing:
+            names = list(self.missing)
+            raise UntrustedError(
+                f"rebuilding the model needs {', '.join(names)}. If you trust them: allow={names!r}. "
+                "The weights alone need nobody's trust: anycard.load(path, model) or anycard.read(path).",
+                needed=tuple(names),
+                path=self.path,
+            )
+
+    def look(self, root: Any) -> None:
+        """Note every class that is needed and not allowed; imports only what is allowed."""
+        stack, seen = [root], set()
+        while stack:
+            obj = _inner(stack.pop())
+            if id(obj) in seen:
+                continue
+            seen.add(id(obj))
+            if isinstance(obj, type) and issubclass(obj, Inert):
+                self._need(obj, call=False)
+            elif isinstance(obj, Inert):
+                if isinstance(obj.callee, type):
+                    self._need(type(obj), call=obj.called)
+                else:
+                    self.missing["a call of " + obj.callee.path] = None
+                stack += [*obj.args, *obj.kwargs.values(), obj.state, *obj.items]
+                stack += [part for pair in obj.pairs for part in pair]
+            elif isinstance(obj, Mapping):
+                stack += [*obj.keys(), *obj.values()]
+            elif isinstance(obj, (list, tuple, set, frozenset)):
+                stack += obj
+
+    def _need(self, kind: type[Inert], *, call: bool) -> None:
+        if (kind.module, kind.name) in _DATA or _is_dtype(kind):
+            return
+        if not self._allowed(kind.module, kind.name, call) or self._resolve(kind, call) is None:
+            self.missing[f"{kind.module}.{kind.name}"] = None
+
+    def _allowed(self, module: str, name: str, call: bool) -> bool:
+        full = f"{module}.{name}"
+        if full in self.allow:
+            return True
+        if call:
+            return module.startswith("torch.nn.") and False
+        within = any(a == module or (a.endswith(".*") and f"{module}.".startswith(a[:-1])) for a in self.allow)
+        return within or module == "torch.nn" or module.startswith("torch.nn.")
+
+    def _resolve(self, kind: type[Inert], call: bool) -> Any:
+        """The real class or function: defined in the module that is named, and no dotted attribute."""
+        if "." in kind.name:
+            return None
+        try:
+            value = getattr(importlib.import_module(kind.module), kind.name)
+        except (ImportError, AttributeError):
+            return None
+        if getattr(value, "__module__", None) != kind.module:
+            return None
+        trusted = any(f"{kind.module}.{kind.name}" == a for a in self.allow)
+        if inspect.isclass(value):
+            by_torch = kind.module.startswith("torch.nn") and not trusted
+            return value if not by_torch or issubclass(value, nn.Module) else None
+        return value if inspect.isfunction(value) and not call or trusted else None
+
+    def make(self, obj: Any) -> Any:
+        """The real object for inert data; shared objects stay shared."""
+        obj = _inner(obj)
+        if id(obj) in self.made:
+            return self.made[id(obj)]
+        if isinstance(obj, (str, int, float, bool, bytes, complex, type(None))):
+            return obj
+        self.keep.append(obj)
+        return self._make(obj)
+
+    def _make(self, obj: Any) -> Any:
+        if isinstance(obj, TensorInfo):
+            return self._done(obj, self._tensor(obj))
+        if isinstance(obj, type) and issubclass(obj, Inert):
+            return TO_TORCH[obj.name] if _is_dtype(obj) else self._resolve(obj, call=False)
+        if isinstance(obj, Inert):
+            return self._object(obj)
+        if isinstance(obj, (tuple, set, frozenset)):
+            return self._done(obj, type(obj)(self.make(v) for v in obj))
+        if isinstance(obj, list):
+            items = self._done(obj, [])
+            items.extend(self.make(v) for v in obj)
+            return items
+        if isinstance(obj, Mapping):
+            held = self._done(obj, OrderedDict() if isinstance(obj, OrderedDict) else {})
+            for key, value in obj.items():
+                held[self.make(key)] = self.make(value)
+            return held
+        return obj
+
+    def _done(self, obj: Any, made: Any) -> Any:
+        self.made[id(obj)] = made
+        return made
+
+    def _tensor(self, info: TensorInfo) -> torch.Tensor:
+        tensor = read_tensor(info)
+        return nn.Parameter(tensor, requires_grad=info.requires_grad) if info.parameter else tensor
+
+    def _object(self, obj: Inert) -> Any:
+        kind = type(obj)
+        if (kind.module, kind.name) == ("torch", "device"):
+            return self._done(obj, torch.device(*obj.args))
+        real = self._resolve(kind, obj.called)
+        args = [self.make(a) for a in obj.args]
+        made = real(*args) if obj.called else real.__new__(real, *args)
+        self._done(obj, made)
+        if obj.state is not None:
+            self._restore(made, self.make(obj.state))
+        if obj.items:
+            made.extend(self.make(i) for i in obj.items)
+        for key, value in obj.pairs:
+            made[self.make(key)] = self.make(value)
+        return made
+
+    def _restore(self, made: Any, state: Any) -> None:
+        """As pickle's BUILD: the object's own `__setstate__`, else its `__dict__`."""
+        if hasattr(made, "__setstate__"):
+            made.__setstate__(state)
+            return
+        slots = {}
+        if isinstance(state, tuple) and len(state) == 2:
+            state, slots = state
+        made.__dict__.update(state or {})
+        for name, value in (slots or {}).items():
+            setattr(made, name, value)
+
+
+def _is_dtype(kind: type[Inert]) -> bool:
+    return kind.module == "torch" and kind.name in TO_TORCH

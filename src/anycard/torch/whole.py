@@ -1,0 +1,70 @@
+"""Pickle a whole model: out of its wrappers, on the CPU, reproducibly; the model itself is not changed."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from anycard.errors import CheckpointError
+from anycard.formats.torch_zip_writer import write_torch_zip
+from anycard.limits import DEFAULT
+from anycard.pickles.writer import TorchPickler
+from anycard.torch.modules import unwrapped
+from anycard.torch.saving import Storages
+from anycard.warning import warn
+
+
+class _ModelPickler(TorchPickler):
+    """Wrappers give their inner module; tensors go to the archive's storages."""
+
+    def __init__(self, file: io.BytesIO, storages: Storages) -> None:
+        super().__init__(file)
+        self.storages = storages
+        self.path: list[str] = []
+        self.devices: list[str] = []
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        """Write one object."""
+        if isinstance(obj, torch.Tensor):
+            obj = self.storages.ref(obj, type(obj).__name__)
+        elif isinstance(obj, nn.Module):
+            obj = unwrapped(obj)
+        elif isinstance(obj, torch.device) and obj.type != "cpu":
+            self.devices.append(str(obj))
+        super().save(obj, save_persistent_id)
+
+
+def write_whole(model: nn.Module, file: BinaryIO) -> None:
+    """Write a whole model as a torch zip.
+
+    Raises:
+        CheckpointError: Something in it cannot be pickled; named by its path of attributes.
+    """
+    storages = Storages()
+    out = io.BytesIO()
+    pickler = _ModelPickler(out, storages)
+    try:
+        pickler.dump(unwrapped(model))
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+        where = _culprit(model)
+        raise CheckpointError(f"{where} cannot be pickled: {error}", name=where) from error
+    if pickler.devices:
+        warn(f"the model keeps {', '.join(sorted(set(pickler.devices)))} as an attribute; it stays in the file")
+    write_torch_zip(file, out.getvalue(), storages.pieces, {"anycard": 1, "whole": True}, DEFAULT)
+
+
+def _culprit(model: nn.Module) -> str:
+    """The path of the first attribute that cannot be pickled by itself."""
+    for path, module in unwrapped(model).named_modules():
+        for name, value in vars(module).items():
+            if name in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                _ModelPickler(io.BytesIO(), Storages()).dump(value)
+            except Exception:  # noqa: BLE001 - whatever its class raises
+                return f"{path}.{name}" if path else name
+    return type(unwrapped(model)).__name__
