@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         MismatchError,
         UntrustedError,
     )
+    from anycard.operations.comparison import diff
+    from anycard.operations.conversion import convert
     from anycard.operations.verification import verify
     from anycard.plans.load_plan import LoadPlan
     from anycard.tensors import TensorInfo
@@ -34,6 +36,8 @@ _HOMES = {
     "MismatchError": ("anycard.errors", "MismatchError"),
     "TensorInfo": ("anycard.tensors", "TensorInfo"),
     "UntrustedError": ("anycard.errors", "UntrustedError"),
+    "convert": ("anycard.operations.conversion", "convert"),
+    "diff": ("anycard.operations.comparison", "diff"),
     "load": ("anycard.torch.loading", "load"),
     "open": ("anycard.checkpoint", "open_checkpoint"),
     "plan": ("anycard.torch.loading", "plan"),
@@ -51,6 +55,8 @@ __all__ = [
     "TensorInfo",
     "UntrustedError",
     "__version__",
+    "convert",
+    "diff",
     "load",
     "open",
     "plan",

@@ -1,6 +1,7 @@
 """Replace a file by a whole new one or not at all: temporary file, fsync, rename, fsync of the folder."""
 
-# ruff: noqa: PTH - paths of any kind, without importing pathlib
+# Paths of any kind, without importing pathlib.
+# ruff: noqa: PTH101, PTH105, PTH108, PTH112, PTH116, PTH118, PTH119, PTH120, PTH208
 from __future__ import annotations
 
 import contextlib

@@ -35,4 +35,5 @@ def write_torch_zip(
 
 
 def _compact(mark: Mapping[str, Any]) -> bytes:
-    return json.dumps(mark, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(mark, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()

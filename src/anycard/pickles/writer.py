@@ -10,13 +10,30 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from anycard.errors import CheckpointError
 from anycard.tensors import DTYPES
 
 PROTOCOL = 2
+
+if TYPE_CHECKING:
+
+    class _Pickler:
+        """What typeshed leaves out of `pickle._Pickler`."""
+
+        memo: dict[int, tuple[int, Any]]
+
+        def __init__(self, file: BinaryIO, protocol: int) -> None: ...
+        def dump(self, obj: Any) -> None: ...
+        def save(self, obj: Any, save_persistent_id: bool = True) -> None: ...
+        def write(self, data: bytes) -> None: ...
+        def get(self, i: int) -> bytes: ...
+        def memoize(self, obj: Any) -> None: ...
+
+else:
+    _Pickler = pickle._Pickler
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,7 @@ class TensorRef:
     parameter: bool = False
 
 
-class TorchPickler(pickle._Pickler):
+class TorchPickler(_Pickler):
     """Writes plain data, the references above, and whatever pickle itself can; text and bytes by value."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -133,9 +150,7 @@ class TorchPickler(pickle._Pickler):
 
     def _tensor(self, ref: TensorRef) -> None:
         if ref.parameter:
-            data = TensorRef(
-                ref.storage_key, ref.dtype, ref.device, ref.storage_numel, ref.storage_offset, ref.shape, ref.stride
-            )  # fmt: skip
+            data = replace(ref, requires_grad=False, parameter=False)
             rebuild, args = "_rebuild_parameter", (data, ref.requires_grad, OrderedDict[str, Any]())
             self.reduce(GlobalRef("torch._utils", rebuild), args, ref)
             return

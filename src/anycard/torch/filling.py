@@ -21,6 +21,7 @@ from anycard.torch.modules import Target, targets, walk
 from anycard.torch.planning import Options, OwnLoader, Work, final_dtype
 from anycard.torch.reading import copy_into, read_tensor
 from anycard.torch.self_loading import run_own_loading
+from anycard.warning import warn
 
 
 def fill(
@@ -32,6 +33,9 @@ def fill(
         FormatError: The file is damaged or ends early. An existing model is restored, or `.changed`
             names what is not.
     """
+    if options.strict:
+        for _, name, value in work.extras:
+            _extra(value, name)
     new, inplace = _allocate(work, options)
     with counting(progress, work.plan.nbytes) as done:
         for tensor, info, name in new:
@@ -47,7 +51,7 @@ def fill(
                 undo.started = True
                 _read(target.tensor, info, target.name, work, verify)
                 done(info.nbytes)
-            _finish(work)
+            _finish(work, options.strict)
         except BaseException as error:
             undo.restore(error)
             raise
@@ -214,7 +218,19 @@ def _extra(value: object, name: str) -> Any:
     return materialise(value)
 
 
-def _finish(work: Work) -> None:
+def _set_extra(module: nn.Module, name: str, value: object, strict: bool) -> None:
+    """Give a module its extra state back; with strict=False one that is not rebuilt is left out, said."""
+    try:
+        state = _extra(value, name)
+    except MismatchError:
+        if strict:
+            raise
+        warn(f"{name} was left out: its extra state is an object that is not rebuilt")
+        return
+    module.set_extra_state(state)
+
+
+def _finish(work: Work, strict: bool) -> None:
     """Counters, extra state, wrapper state, and the modules' own post-hooks."""
     called = {id(m) for loader in work.loaders if loader.trace.computed for m in loader.module.modules()}
     with torch.no_grad():
@@ -228,7 +244,7 @@ def _finish(work: Work) -> None:
                     target.tensor.fill_(int(value))
     for module, name, value in work.extras:
         if id(module) not in called:
-            module.set_extra_state(_extra(value, name))
+            _set_extra(module, name, value, strict)
     for loader in work.loaders:
         for module in loader.module.modules():
             for hook in module._load_state_dict_post_hooks.values():

@@ -1,0 +1,5 @@
+"""python -m anycard"""
+
+from anycard.cli.main import run
+
+run()

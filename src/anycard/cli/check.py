@@ -1,0 +1,39 @@
+"""check: what a load would do."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from anycard.cli.output import as_json, clean
+
+
+@click.command("check")
+@click.argument("file")
+@click.argument("model")
+@click.option("--key", help="Which state dict in the file.")
+@click.option("--json", "json_", is_flag=True, help="Print data for programs.")
+def command(file: str, model: str, key: str | None, json_: bool) -> None:
+    """What loading FILE into MODEL (package.module:factory) would do. Exit 1 where it does not fit."""
+    import anycard
+
+    plan = anycard.plan(file, factory(model), key=key)
+    as_json({**asdict(plan), "fits": plan.fits}) if json_ else click.echo(clean(str(plan)))
+    sys.exit(0 if plan.fits else 1)
+
+
+def factory(spec: str) -> Any:
+    """The callable that `package.module:factory` names; the current folder is on the path."""
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise click.UsageError(f"{spec!r}: MODEL is package.module:factory")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise click.UsageError(f"{spec}: {error}") from None

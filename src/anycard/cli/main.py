@@ -1,0 +1,56 @@
+"""The command line: one file a verb, loaded when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from anycard.errors import CheckpointError
+from anycard.version import __version__
+
+VERBS = ("show", "check", "convert", "diff", "fingerprint", "verify", "matrix")
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        home = "matrix" if name == "matrix" else "check" if name == "check" else "files"
+        module = importlib.import_module(f"anycard.cli.{home}")
+        found: click.Command = getattr(module, "command" if home != "files" else name)
+        return found
+
+
+@click.command(cls=_Verbs)
+@click.version_option(__version__, prog_name="anycard")
+def cli() -> None:
+    """Save a PyTorch model from any cards, load it on any others."""
+
+
+def run() -> None:
+    """The console script: exit 0 fine, 1 the answer is no, 2 cannot be read or bad usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        cli()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (CheckpointError, OSError, ValueError, TypeError) as error:
+        fail(error)
+
+
+def fail(error: Any) -> None:
+    """Say what went wrong, and exit with 2."""
+    from anycard.cli.output import clean
+
+    click.echo(f"anycard: {clean(str(error))}", err=True)
+    sys.exit(2)
