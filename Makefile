@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test lint bench docs size corpus clean
+.PHONY: run test lint clean
 
 run: $(READY)  ## the main job: every way of saving x every way of loading, on a real resnet152
 	$(VENV)/bin/anycard matrix torchvision.models:resnet152
@@ -16,16 +16,6 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(PY) scripts/docs.py --check
-
-bench: $(READY)
-	$(PY) -m benchmarks
-
-docs: $(READY)  ## print help texts, tables and figures into the documents
-	$(PY) scripts/docs.py
-
-size: $(READY)
-	$(PY) scripts/size.py
 
 clean:
 	rm -rf $(VENV) build dist

@@ -6,6 +6,7 @@ Source: the README of the safetensors project, section "Format".
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -13,14 +14,16 @@ from blake3 import blake3
 
 from anycard.disk.pieces import Piece
 from anycard.disk.source import Source
-from anycard.errors import FormatError
+from anycard.errors import CheckpointError, FormatError
 from anycard.formats.index import Index
 from anycard.limits import Limits
 from anycard.names.fingerprint import fingerprint, tensor_line
 from anycard.tensors import BY_SAFETENSORS, DTYPES, Storage, TensorInfo
 
 FINGERPRINT = "anycard.fingerprint"
-_HEADER_MOST = 100_000_000
+_HEADER_MOST = 100_000_000  # the limit of the safetensors library itself
+_SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
+_PLACE = "blake3:" + "0" * 64
 
 
 def read_index(source: Source, limits: Limits) -> Index:
@@ -29,26 +32,30 @@ def read_index(source: Source, limits: Limits) -> Index:
     Raises:
         FormatError: Damaged or cut short, with what was promised and what is there.
     """
-    header, start = _header(source)
+    header, start = _header(source, limits)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("__metadata__ is not a map from text to text", offset=8)
-    tensors = {name: _tensor(name, entry, source, start) for name, entry in header.items()}
+    tensors = {name: _tensor(name, entry, source, start, limits) for name, entry in header.items()}
     _prove(tensors, source, start)
     return Index("safetensors", tensors, source, metadata, _mark(metadata))
 
 
-def _header(source: Source) -> tuple[dict[str, Any], int]:
+def _header(source: Source, limits: Limits) -> tuple[dict[str, Any], int]:
     if source.size < 8:
-        raise FormatError(f"the file is cut short: {source.size} bytes, a header needs at least 8", offset=source.size)
+        raise FormatError(
+            f"the file is cut short: {source.size} bytes, a header needs at least 8", offset=source.size
+        )
     size = int.from_bytes(source.read(0, 8), "little")
-    if size > _HEADER_MOST or 8 + size > source.size:
+    if size > min(_HEADER_MOST, limits.index_nbytes):
+        raise FormatError(f"the header claims {size:,} bytes; no safetensors file has as many", offset=0)
+    if 8 + size > source.size:
         raise FormatError(
             f"the file is cut short: its header should have {size:,} bytes, the file ends at {source.size:,}",
-            offset=8,
+            offset=source.size,
         )
     data = source.read(8, size)
-    if data.count(b"{") > 4_000_000:
+    if data.count(b"{") > limits.records + 2 or data.count(b"[") > 2 * limits.records + 2:
         raise FormatError("the header claims too many tensors", offset=8)
     try:
         header = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -70,17 +77,26 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON number")
 
 
-def _tensor(name: str, entry: Any, source: Source, start: int) -> TensorInfo:
+def _tensor(name: str, entry: Any, source: Source, start: int, limits: Limits) -> TensorInfo:
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise FormatError(f"{name}: its entry lacks dtype, shape or data_offsets", offset=8, name=name) from None
+        raise FormatError(
+            f"{name}: its entry lacks dtype, shape or data_offsets", offset=8, name=name
+        ) from None
     row = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
     if row is None:
-        raise FormatError(f"{name}: dtype {code!r} is not known", offset=8, name=name)
+        why = (
+            "has less than a byte per element, which no tensor of torch has"
+            if code in _SUB_BYTE
+            else "is not known"
+        )
+        raise FormatError(f"{name}: dtype {code!r:.40} {why}", offset=8, name=name)
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(type(v) is int and 0 <= v < 1 << 62 for v in numbers):
         raise FormatError(f"{name}: its shape or offsets are no non-negative integers", offset=8, name=name)
+    if len(shape) > limits.rank:
+        raise FormatError(f"{name}: {len(shape):,} dimensions are too many", offset=8, name=name)
     storage = Storage(name, end - begin, "cpu", source, start + begin)
     info = TensorInfo(row.name, tuple(shape), storage)
     if info.nbytes != end - begin:
@@ -96,11 +112,15 @@ def _prove(tensors: dict[str, TensorInfo], source: Source, start: int) -> None:
     at = start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].storage.offset, item[1].nbytes)):
         if info.storage.offset != at:
-            raise FormatError(f"{name} overlaps its neighbour or leaves a hole", offset=info.storage.offset, name=name)
+            raise FormatError(
+                f"{name} overlaps its neighbour or leaves a hole", offset=info.storage.offset, name=name
+            )
         at += info.nbytes
     if at != source.size:
         what = "is cut short" if at > source.size else "has bytes that no tensor owns"
-        raise FormatError(f"the file {what}: {at:,} bytes are promised, {source.size:,} are there", offset=source.size)
+        raise FormatError(
+            f"the file {what}: {at:,} bytes are promised, {source.size:,} are there", offset=source.size
+        )
 
 
 def _mark(metadata: dict[str, str]) -> dict[str, Any] | None:
@@ -123,24 +143,51 @@ def write_safetensors(
 
     Args:
         ties: Second name -> name whose bytes are written.
+
+    Raises:
+        CheckpointError: Something that safetensors cannot hold; names the tensor.
     """
+    base = file.tell()
+    _check(tensors, ties or {})
     ordered = sorted(tensors, key=lambda row: -DTYPES[row[1]].itemsize)
-    place = "blake3:" + "0" * 64
-    header = _head(ordered, {**metadata, "format": "pt", FINGERPRINT: place})
+    header = _head(ordered, {**metadata, "format": "pt", FINGERPRINT: _PLACE})
     file.write(header)
-    lines: dict[str, bytes] = {}
-    digests: dict[str, tuple[str, tuple[int, ...], str]] = {}
-    for name, dtype, shape, piece in ordered:
-        digest = blake3(max_threads=limits.threads)
-        for chunk in piece.chunks(limits.chunk_nbytes):
-            digest.update(chunk)
-            file.write(chunk)
-        digests[name] = (dtype, shape, digest.hexdigest())
-    for name, kept in {**{n: n for n in digests}, **(ties or {})}.items():
-        lines[name] = tensor_line(name, *digests[kept])
-    file.seek(header.index(place.encode()))
+    digests = {row[0]: (row[1], row[2], _write_data(file, row[0], row[3], limits)) for row in ordered}
+    kept = {**{name: name for name in digests}, **(ties or {})}
+    lines = {name: tensor_line(name, *digests[of]) for name, of in kept.items()}
+    key = f'"{FINGERPRINT}":"'.encode()
+    file.seek(base + header.index(key + _PLACE.encode()) + len(key))
     file.write(fingerprint(lines).encode())
     file.seek(0, 2)
+
+
+def _check(tensors: Sequence[tuple[str, str, tuple[int, ...], Piece]], ties: dict[str, str]) -> None:
+    names = {row[0] for row in tensors}
+    if len(names) != len(tensors) or names & ties.keys() or "__metadata__" in names:
+        raise CheckpointError("a name is there twice, or is __metadata__, which safetensors keeps for itself")
+    if not names.issuperset(ties.values()):
+        raise CheckpointError("a tied name refers to a tensor that is not written")
+    for name, dtype, shape, piece in tensors:
+        row = DTYPES.get(dtype)
+        if row is None or row.safetensors is None:
+            raise CheckpointError(f"{name}: safetensors has no {dtype}; save as .pt or .pth", name=name)
+        if piece.nbytes != math.prod(shape) * row.itemsize:
+            raise CheckpointError(
+                f"{name}: {dtype}, {list(shape)} does not have {piece.nbytes:,} bytes", name=name
+            )
+
+
+def _write_data(file: BinaryIO, name: str, piece: Piece, limits: Limits) -> str:
+    """Write a tensor's bytes; their BLAKE3 in hex."""
+    digest = blake3(max_threads=limits.threads)
+    done = 0
+    for chunk in piece.chunks(limits.chunk_nbytes):
+        digest.update(chunk)
+        file.write(chunk)
+        done += len(chunk)
+    if done != piece.nbytes:
+        raise CheckpointError(f"{name}: {piece.nbytes:,} bytes were planned, {done:,} came", name=name)
+    return digest.hexdigest()
 
 
 def _head(tensors: Sequence[tuple[str, str, tuple[int, ...], Piece]], metadata: dict[str, str]) -> bytes:
@@ -151,6 +198,13 @@ def _head(tensors: Sequence[tuple[str, str, tuple[int, ...], Piece]], metadata: 
             "dtype": DTYPES[dtype].safetensors, "shape": list(shape), "data_offsets": [at, at + piece.nbytes],
         }  # fmt: skip
         at += piece.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    try:
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"a name is no valid text: {error}") from None
     text += b" " * (-(8 + len(text)) % 64)
+    if len(text) > _HEADER_MOST:
+        raise CheckpointError(
+            f"the names need a header of {len(text):,} bytes; safetensors reads {_HEADER_MOST:,}"
+        )
     return len(text).to_bytes(8, "little") + text

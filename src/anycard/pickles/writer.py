@@ -151,14 +151,14 @@ class TorchPickler(_Pickler):
     def _tensor(self, ref: TensorRef) -> None:
         if ref.parameter:
             data = replace(ref, requires_grad=False, parameter=False)
-            rebuild, args = "_rebuild_parameter", (data, ref.requires_grad, OrderedDict[str, Any]())
+            rebuild, args = "_rebuild_parameter", (data, ref.requires_grad, _no_hooks())
             self.reduce(GlobalRef("torch._utils", rebuild), args, ref)
             return
         row = DTYPES[ref.dtype]
         self.save(GlobalRef("torch._utils", "_rebuild_tensor_v2" if row.storage else "_rebuild_tensor_v3"))
         self.write(pickle.MARK)
         self._storage(ref)
-        for part in (ref.storage_offset, ref.shape, ref.stride, ref.requires_grad, OrderedDict[str, Any]()):
+        for part in (ref.storage_offset, ref.shape, ref.stride, ref.requires_grad, _no_hooks()):
             self.save(part)
         if not row.storage:
             self.save(GlobalRef("torch", ref.dtype))
@@ -173,6 +173,10 @@ class TorchPickler(_Pickler):
             kind, numel = GlobalRef("torch.storage", "UntypedStorage"), ref.storage_numel * row.itemsize
         self.save(("storage", kind, ref.storage_key, ref.device, numel))
         self.write(pickle.BINPERSID)
+
+
+def _no_hooks() -> OrderedDict[str, Any]:
+    return OrderedDict()
 
 
 def _value_key(obj: Any) -> Any:
