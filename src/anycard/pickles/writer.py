@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import io
 import pickle
+import types
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -145,6 +146,8 @@ class TorchPickler(_Pickler):
             return name, repr(item)
         if kind is frozenset:
             return name, repr(self.in_order(item))
+        if isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType)):
+            return name, f"{item.__module__}.{item.__qualname__}"
         known = self.memo.get(id(self._canonical(item)))
         return name + " object", known[0] if known is not None else len(self.memo)
 
