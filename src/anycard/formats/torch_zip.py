@@ -37,14 +37,14 @@ def read_index(source: Source, limits: Limits) -> Index:
 
 
 def _folder(records: dict[str, Record]) -> str:
+    if any(name.endswith("/.data/extern_modules") for name in records):
+        raise FormatError("the file is a torch package, which is not read yet")
     found = [name[: -len("data.pkl")] for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(found) != 1:
         inside = ", ".join(repr(n) for n in list(records)[:12])
         raise FormatError(f"the file is a zip archive, but no torch zip (no data.pkl in it); it holds {inside}")
     if found[0] + "constants.pkl" in records:
         raise FormatError("the file is a TorchScript archive, which is not read yet")
-    if found[0] + ".data/extern_modules" in records:
-        raise FormatError("the file is a torch package, which is not read yet")
     return found[0]
 
 

@@ -149,6 +149,15 @@ def encode(text: Any, codec: Any = "utf-8") -> bytes:
     return text.encode(codec)
 
 
+def from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *rest: Any) -> Any:
+    """numpy.core.numeric._frombuffer, as pickle protocol 5 spells arrays."""
+    if isinstance(dtype, DTypeStub) and isinstance(data, (bytes, bytearray)):
+        info = _array(shape, dtype, order == "F", bytes(data))
+        if info is not None:
+            return info
+    return inert_class("numpy", "_frombuffer")(data, dtype, shape, order)
+
+
 def scalar(dtype: Any, data: Any = b"") -> Any:
     """numpy.core.multiarray.scalar: a plain number, or a stub."""
     if isinstance(data, str):
@@ -217,6 +226,8 @@ for _module in ("builtins", "__builtin__"):
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
     _TABLE[_module, "_reconstruct"] = ArrayStub
     _TABLE[_module, "scalar"] = scalar
+for _module in ("numpy.core.numeric", "numpy._core.numeric"):
+    _TABLE[_module, "_frombuffer"] = from_buffer
 for _name, _row in BY_STORAGE.items():
     _TABLE["torch", _name] = StorageClass(_row.name)
     _TABLE["torch.cuda", _name] = StorageClass(_row.name)

@@ -99,12 +99,15 @@ class _Machine:
         return int.from_bytes(self.take(nbytes), "little")
 
     def line(self) -> str:
+        return self.raw_line().decode("utf-8")
+
+    def raw_line(self) -> bytes:
         end = self.data.find(b"\n", self.pos)
         if end < 0:
             raise FormatError("the pickle is cut short within a line")
         text = self.data[self.pos : end]
         self.pos = end + 1
-        return text.decode("utf-8")
+        return text
 
     def popmark(self) -> list[Any]:
         stack = self.stack
@@ -127,6 +130,8 @@ def _call(func: Any, args: Any) -> Any:
     if not isinstance(args, tuple):
         raise FormatError("a call's arguments are no tuple")
     args = tuple(_settled(a) for a in args)
+    if func in (set, frozenset) and args and isinstance(args[0], (list, tuple)):
+        _keys(list(args[0]))
     if id(func) in CALLABLE or isinstance(func, Inert) or (isinstance(func, type) and issubclass(func, Inert)):
         return func(*args)
     raise FormatError(f"the pickle calls a {type(func).__name__}, which nothing writes")
@@ -167,14 +172,25 @@ def _append(target: Any, items: list[Any]) -> None:
     if isinstance(target, (list, Inert)):
         target.extend(items)
     elif isinstance(target, set):
-        target.update(items)
+        target.update(_keys(items))
     else:
         raise FormatError(f"APPEND to a {type(target).__name__}")
+
+
+def _keys(values: list[Any]) -> list[Any]:
+    """The values, refused where a tuple nests so deeply that hashing it would overrun C's stack."""
+    level = [value for value in values if isinstance(value, (tuple, frozenset))]
+    for _ in range(100):
+        if not level:
+            return values
+        level = [inner for value in level for inner in value if isinstance(inner, (tuple, frozenset))]
+    raise FormatError("a key nests deeper than 100 levels")
 
 
 def _set(target: Any, pairs: list[Any]) -> None:
     if len(pairs) % 2 or not isinstance(target, (dict, Inert)):
         raise FormatError(f"SETITEMS on a {type(target).__name__}")
+    _keys(pairs[::2])
     for index in range(0, len(pairs), 2):
         target[pairs[index]] = _settled(pairs[index + 1])
 
@@ -234,7 +250,7 @@ _push(b"B", lambda m: m.take(m.number(4)))
 _push(b"C", lambda m: m.take(m.number(1)))
 _push(b"\x8e", lambda m: m.take(m.number(8)))
 _push(b"\x96", lambda m: bytearray(m.take(m.number(8))))
-_push(b"V", lambda m: m.line().encode("latin1", "backslashreplace").decode("raw_unicode_escape"))
+_push(b"V", lambda m: m.raw_line().decode("raw_unicode_escape"))
 _push(b"X", lambda m: m.take(m.number(4)).decode("utf-8", "surrogatepass"))
 _push(b"\x8c", lambda m: m.take(m.number(1)).decode("utf-8", "surrogatepass"))
 _push(b"\x8d", lambda m: m.take(m.number(8)).decode("utf-8", "surrogatepass"))
@@ -244,7 +260,7 @@ _push(b")", lambda m: ())
 _push(b"\x8f", lambda m: set())
 _push(b"l", lambda m: [_settled(v) for v in m.popmark()])
 _push(b"t", lambda m: tuple(_settled(v) for v in m.popmark()))
-_push(b"\x91", lambda m: frozenset(m.popmark()))
+_push(b"\x91", lambda m: frozenset(_keys(m.popmark())))
 _push(b"\x85", lambda m: (_settled(m.pop()),))
 _push(b"\x86", lambda m: tuple(_settled(v) for v in (m.pop(), m.pop()))[::-1])
 _push(b"\x87", lambda m: tuple(_settled(v) for v in (m.pop(), m.pop(), m.pop()))[::-1])
