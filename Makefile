@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test lint clean
+.PHONY: run test types lint clean
 
 run: $(READY)  ## the main job: every way of saving x every way of loading, on a real resnet152
 	$(VENV)/bin/anycard matrix torchvision.models:resnet152
@@ -12,10 +12,12 @@ run: $(READY)  ## the main job: every way of saving x every way of loading, on a
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist worksteal
 
-lint: $(READY)
+types: $(READY)
+	$(VENV)/bin/mypy
+
+lint: types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
 
 clean:
 	rm -rf $(VENV) build dist

@@ -184,7 +184,7 @@ def tensor_bytes(info: TensorInfo, limits: Limits = DEFAULT) -> memoryview:
 
     array = as_numpy(info, raw=True, limits=limits)
     flat = np.ascontiguousarray(array).reshape(-1)
-    return memoryview(flat.view(np.uint8)) if flat.size else memoryview(b"")
+    return memoryview(flat.view(np.uint8).data) if flat.size else memoryview(b"")
 
 
 def span_bytes(info: TensorInfo) -> bytearray:

@@ -125,6 +125,6 @@ def open_source(file: str | os.PathLike[str] | BinaryIO) -> Source:
         return FileSource(path, fd, owned=True)
     if not hasattr(file, "read") or not hasattr(file, "seek"):
         raise TypeError(f"a path or an open binary file is needed, not {type(file).__name__}")
-    if isinstance(file, io.TextIOBase):
+    if isinstance(file, io.TextIOBase):  # type: ignore[unreachable]
         raise TypeError("the file is open as text: open it with mode 'rb'")
     return StreamSource(str(getattr(file, "name", "<open file>")), file)

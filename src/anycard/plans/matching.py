@@ -88,7 +88,7 @@ def find(
 
 def _distinct(matches: list[Match], shapes: Mapping[str, object]) -> list[Match]:
     """One match for each set of stored tensors."""
-    found = {}
+    found: dict[object, Match] = {}
     for match in matches:
         used = tuple((match.source.key, match.names.get(name)) for name in shapes)
         found.setdefault(used, match)

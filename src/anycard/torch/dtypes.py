@@ -19,6 +19,6 @@ def flat_bytes(storage: torch.UntypedStorage, start: int, nbytes: int) -> torch.
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The memory of a dense CPU tensor, first element to last, as a writable view."""
-    start = tensor.storage_offset() * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
     flat = flat_bytes(tensor.untyped_storage(), start, tensor.numel() * tensor.element_size())
     return memoryview(flat.numpy().data)

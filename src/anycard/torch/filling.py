@@ -163,7 +163,7 @@ class _Undo:
 
 
 def _lazy(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    return bool(nn.parameter.is_lazy(tensor))
 
 
 def _call(loader: OwnLoader, work: Work) -> None:
@@ -242,9 +242,9 @@ def _finish(work: Work, strict: bool) -> None:
                 name, _, value = setting.partition("=")
                 if target.own and target.attribute == name:
                     target.tensor.fill_(int(value))
-    for module, name, value in work.extras:
-        if id(module) not in called:
-            _set_extra(module, name, value, strict)
+    for owner, path, extra in work.extras:
+        if id(owner) not in called:
+            _set_extra(owner, path, extra, strict)
     for loader in work.loaders:
         for module in loader.module.modules():
             for hook in module._load_state_dict_post_hooks.values():

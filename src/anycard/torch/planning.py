@@ -283,7 +283,7 @@ class _Planner:
         self.work.fills = [group[0] for group in groups.values()]
 
     def _leftovers(self) -> None:
-        dropped = []
+        dropped: list[str] = []
         hidden = {f"{c}.{b}" if c else b for _, c, m in walk(self.work.model) for b in m._non_persistent_buffers_set}
         for name in self.stored:
             if name in self.used or name in self.wanted or name.endswith("_extra_state"):

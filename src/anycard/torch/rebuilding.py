@@ -201,7 +201,7 @@ class _Builder:
         if hasattr(made, "__setstate__"):
             made.__setstate__(state)
             return
-        slots = {}
+        slots: dict[str, Any] = {}
         if isinstance(state, tuple) and len(state) == 2:
             state, slots = state
         made.__dict__.update(state or {})

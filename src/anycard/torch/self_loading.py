@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from anycard.tensors import TensorInfo
@@ -45,7 +45,7 @@ def loads_itself(module: nn.Module) -> bool:
     if kind.set_extra_state is not nn.Module.set_extra_state:
         return True
     held = (*module._parameters.values(), *module._buffers.values())
-    return any(isinstance(t, UninitializedTensorMixin) for t in held if t is not None)
+    return any(is_lazy(t) for t in held if t is not None)
 
 
 @dataclass
@@ -164,10 +164,10 @@ def _shadows(module: nn.Module, prefix: str) -> Iterator[dict[str, torch.Tensor]
             kept.append((inner, dict(inner._parameters), dict(inner._buffers)))
             for held in (inner._parameters, inner._buffers):
                 for name, tensor in list(held.items()):
-                    if tensor is None or isinstance(tensor, UninitializedTensorMixin):
+                    if tensor is None or is_lazy(tensor):
                         continue
-                    held[name] = made.setdefault(id(tensor), _shadow(tensor))  # type: ignore[assignment]
-                    names[f"{path}.{name}" if path else name] = held[name]  # type: ignore[assignment]
+                    held[name] = made.setdefault(id(tensor), _shadow(tensor))
+                    names[f"{path}.{name}" if path else name] = held[name]
         yield names
     finally:
         for inner, parameters, buffers in reversed(kept):
