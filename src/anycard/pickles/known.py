@@ -192,13 +192,26 @@ def _dict(*args: Any) -> dict[Any, Any]:
     return dict(held[0]) if held else {}
 
 
+def _bytes(*args: Any) -> bytes:
+    """bytes, of text in latin1 or of bytes; a size would allocate what the file merely claims."""
+    if args and isinstance(args[0], str):
+        return encode(args[0], "latin1")
+    if args and not isinstance(args[0], (bytes, bytearray)):
+        raise FormatError(f"bytes are made from a {type(args[0]).__name__}")
+    return bytes(*args[:1])
+
+
+def _bytearray(*args: Any) -> bytearray:
+    return bytearray(_bytes(*args))
+
+
 def _device(*args: Any) -> Inert:
     return inert_class("torch", "device")(*args)
 
 
 _BUILTINS: dict[str, Callable[..., Any]] = {
-    "set": set, "frozenset": frozenset, "bytearray": bytearray, "complex": complex, "list": list, "dict": _dict,
-    "tuple": tuple, "int": int, "long": int, "float": float, "str": str, "bool": bool, "bytes": bytes,
+    "set": set, "frozenset": frozenset, "bytearray": _bytearray, "complex": complex, "list": list, "dict": _dict,
+    "tuple": tuple, "int": int, "long": int, "float": float, "str": str, "bool": bool, "bytes": _bytes,
     "getattr": bound,
 }  # fmt: skip
 _TABLE: dict[tuple[str, str], Any] = {

@@ -121,7 +121,6 @@ class Storages:
         self.pieces: list[Piece] = []
         self._known: dict[tuple[Any, ...], TensorRef] = {}
         self._alive: list[torch.Tensor] = []
-        self.spans: dict[tuple[int, int, int], tuple[int, int, int]] = {}
 
     def ref(self, tensor: torch.Tensor, name: str) -> TensorRef:
         """The reference to write for a tensor; its bytes are queued once."""
