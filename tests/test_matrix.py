@@ -68,9 +68,7 @@ def verdicts(report: MatrixReport, loader: str, column: str) -> set[str]:
 def test_every_row_of_the_issue_is_there() -> None:
     """Four ways to stand x weights and whole x every suffix x every writer; absent card; bare method."""
     table = rows.all_rows()
-    zips = {
-        (w, by, s) for w in ("weights", "whole") for by in ("torch", "anycard") for s in rows.TORCH_SUFFIXES
-    }
+    zips = {(w, by, s) for w in ("weights", "whole") for by in ("torch", "anycard") for s in rows.TORCH_SUFFIXES}
     library = {("weights", "safetensors", ".safetensors"), ("weights", "anycard", ".safetensors")}
     for saved_from in (rows.SINGLE, rows.DATA_PARALLEL, rows.DDP, rows.COMPILED):
         mine = {(row.what, row.writer, row.suffix) for row in table if row.saved_from == saved_from}
@@ -91,9 +89,7 @@ def test_plain_pytorch_gets_its_known_verdicts_and_we_are_exact(here: Path) -> N
 
     report = run_matrix("tinymodels:Tiny", rows=chosen)
 
-    ours = {
-        (cell.row.label, cell.column, cell.outcome.verdict) for cell in report.cells if cell.loader == OURS
-    }
+    ours = {(cell.row.label, cell.column, cell.outcome.verdict) for cell in report.cells if cell.loader == OURS}
     assert {verdict for *_, verdict in ours} == {EXACT}, sorted(ours)
     assert report.ok
     assert report.count(OURS)[:2] == (len(chosen) * 2, len(chosen) * 2)
@@ -109,13 +105,9 @@ def test_plain_pytorch_gets_its_known_verdicts_and_we_are_exact(here: Path) -> N
     assert plain("several", saved_from=rows.SINGLE, what="weights") == {f"{names} DistributedDataParallel:"}
     assert plain("single", saved_from=rows.DDP, what="weights", writer="torch") == {f"{names} Tiny:"}
     assert plain("several", saved_from=rows.DDP, what="weights", writer="torch") == {EXACT}
-    assert plain("single", what="whole", saved_from=rows.DATA_PARALLEL, writer="torch") == {
-        "names carry module."
-    }
+    assert plain("single", what="whole", saved_from=rows.DATA_PARALLEL, writer="torch") == {"names carry module."}
     assert plain("single", what="whole", writer="anycard") == {EXACT}
-    assert plain("several", what="whole", saved_from=rows.COMPILED, writer="torch") == {
-        "names carry _orig_mod."
-    }
+    assert plain("several", what="whole", saved_from=rows.COMPILED, writer="torch") == {"names carry _orig_mod."}
     assert "CUDA device" in plain("single", saved_from=rows.ABSENT_CARD).pop()
     assert plain("several", plain=rows.ASSIGNED) == {NOTHING}
     assert "dict-like" in plain("single", plain=rows.METHOD).pop()
@@ -204,9 +196,7 @@ def made_up(ours: Outcome) -> MatrixReport:
     """Three rows that differ in their suffix only, one of them with another verdict of ours."""
     exact, error = Outcome(EXACT, EXACT, 0.5), failed(KeyError("no \x1b[31m\nsecond"))
     cells = []
-    for row, mine in zip(
-        pick(saved_from=rows.DDP, what="whole", writer="torch"), (exact, exact, ours), strict=True
-    ):
+    for row, mine in zip(pick(saved_from=rows.DDP, what="whole", writer="torch"), (exact, exact, ours), strict=True):
         for column in rows.COLUMNS:
             cells += [Cell(row, column, PLAIN, error), Cell(row, column, OURS, mine)]
     saves = tuple((cell.row, 0.1) for cell in cells[::4])
@@ -245,16 +235,12 @@ def test_the_command_needs_no_torch_to_be_listed() -> None:
     """Help comes at once: torch stays out until the matrix runs."""
     import subprocess
 
-    code = (
-        "import sys, anycard.cli.matrix, anycard.matrix; print('torch' in sys.modules, 'rich' in sys.modules)"
-    )
+    code = "import sys, anycard.cli.matrix, anycard.matrix; print('torch' in sys.modules, 'rich' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
 
 
-def test_json_is_the_report_and_exit_1_means_not_exact(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_json_is_the_report_and_exit_1_means_not_exact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Programs read the rows; scripts read the exit status; the picture is written all the same."""
     report = made_up(Outcome(NOTHING, NOTHING))
     monkeypatch.setattr("anycard.matrix.run_matrix", lambda spec, progress: report)

@@ -50,9 +50,7 @@ def raw(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().flatten().view(torch.uint8).tolist())
 
 
-def zip_bytes(
-    state: dict[str, torch.Tensor], limits: Limits = DEFAULT, mark: dict[str, object] | None = None
-) -> bytes:
+def zip_bytes(state: dict[str, torch.Tensor], limits: Limits = DEFAULT, mark: dict[str, object] | None = None) -> bytes:
     refs: OrderedDict[str, object] = OrderedDict()
     for key, name in enumerate(state):
         refs[name] = TensorRef(str(key), name, "cpu", 15, 0, SHAPE, row_major(SHAPE))
@@ -158,9 +156,7 @@ def test_plain_data_and_parameters(tmp_path: Path) -> None:
 
 
 def test_old_torch_reads(tmp_path: Path) -> None:
-    old = subprocess.run(
-        ["/usr/bin/python3", "-c", "import torch; print(torch.__version__)"], capture_output=True
-    )
+    old = subprocess.run(["/usr/bin/python3", "-c", "import torch; print(torch.__version__)"], capture_output=True)
     if old.returncode != 0:
         pytest.skip("no old torch under /usr/bin/python3")
     path = tmp_path / "x.pt"
@@ -242,9 +238,7 @@ def test_modes_links_and_faults(tmp_path: Path) -> None:
 
 
 def test_full_disk(tmp_path: Path) -> None:
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], capture_output=True
-    )
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], capture_output=True)
     if mount.returncode != 0:
         pytest.skip("mount is not permitted")
     try:

@@ -254,9 +254,7 @@ def _valued(bits: Any, dtype: str) -> Any:
 
         return np.ascontiguousarray(bits).view(getattr(ml_dtypes, dtype)).reshape(bits.shape)
     except (ImportError, AttributeError):
-        raise TypeError(
-            f"numpy has no {dtype}: install ml_dtypes, or ask for the bits with raw=True"
-        ) from None
+        raise TypeError(f"numpy has no {dtype}: install ml_dtypes, or ask for the bits with raw=True") from None
 
 
 def plain(value: Any, depth: int = 0) -> Any:

@@ -56,7 +56,7 @@ def _find_end(source: Source) -> tuple[int, int, int]:
             "Copy or download the file again.",
             offset=source.size,
         )
-    _, disk, _, _, count, size, start, _ = _END.unpack_from(tail, at)
+    _, _, _, _, count, size, start, _ = _END.unpack_from(tail, at)
     if at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07":
         end64 = int.from_bytes(tail[at - 12 : at - 4], "little")
         if end64 + _END64.size > source.size:

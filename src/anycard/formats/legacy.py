@@ -18,7 +18,6 @@ from anycard.tensors import DTYPES, Storage
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 
-
 def read_index(source: Source, limits: Limits) -> Index:
     """The index of a legacy stream.
 

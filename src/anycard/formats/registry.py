@@ -50,9 +50,7 @@ def read_index(source: Source, limits: Limits = DEFAULT) -> Index:
     """
     head = source.read(0, min(source.size, 1024))
     if not head:
-        raise FormatError(
-            "the file is empty (0 bytes), or the open file stands at its end", path=source.name, offset=0
-        )
+        raise FormatError("the file is empty (0 bytes), or the open file stands at its end", path=source.name, offset=0)
     for row in FORMATS:
         if head.startswith(row.starts) and (row.module != "anycard.formats.legacy" or _MAGIC in head[:32]):
             return _read(row.module, source, limits)

@@ -43,9 +43,7 @@ def read_index(source: Source, limits: Limits) -> Index:
 
 def _header(source: Source, limits: Limits) -> tuple[dict[str, Any], int]:
     if source.size < 8:
-        raise FormatError(
-            f"the file is cut short: {source.size} bytes, a header needs at least 8", offset=source.size
-        )
+        raise FormatError(f"the file is cut short: {source.size} bytes, a header needs at least 8", offset=source.size)
     size = int.from_bytes(source.read(0, 8), "little")
     if size > min(_HEADER_MOST, limits.index_nbytes):
         raise FormatError(f"the header claims {size:,} bytes; no safetensors file has as many", offset=0)
@@ -81,16 +79,10 @@ def _tensor(name: str, entry: Any, source: Source, start: int, limits: Limits) -
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise FormatError(
-            f"{name}: its entry lacks dtype, shape or data_offsets", offset=8, name=name
-        ) from None
+        raise FormatError(f"{name}: its entry lacks dtype, shape or data_offsets", offset=8, name=name) from None
     row = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
     if row is None:
-        why = (
-            "has less than a byte per element, which no tensor of torch has"
-            if code in _SUB_BYTE
-            else "is not known"
-        )
+        why = "has less than a byte per element, which no tensor of torch has" if code in _SUB_BYTE else "is not known"
         raise FormatError(f"{name}: dtype {code!r:.40} {why}", offset=8, name=name)
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(type(v) is int and 0 <= v < 1 << 62 for v in numbers):
@@ -112,15 +104,11 @@ def _prove(tensors: dict[str, TensorInfo], source: Source, start: int) -> None:
     at = start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].storage.offset, item[1].nbytes)):
         if info.storage.offset != at:
-            raise FormatError(
-                f"{name} overlaps its neighbour or leaves a hole", offset=info.storage.offset, name=name
-            )
+            raise FormatError(f"{name} overlaps its neighbour or leaves a hole", offset=info.storage.offset, name=name)
         at += info.nbytes
     if at != source.size:
         what = "is cut short" if at > source.size else "has bytes that no tensor owns"
-        raise FormatError(
-            f"the file {what}: {at:,} bytes are promised, {source.size:,} are there", offset=source.size
-        )
+        raise FormatError(f"the file {what}: {at:,} bytes are promised, {source.size:,} are there", offset=source.size)
 
 
 def _mark(metadata: dict[str, str]) -> dict[str, Any] | None:
@@ -172,9 +160,7 @@ def _check(tensors: Sequence[tuple[str, str, tuple[int, ...], Piece]], ties: dic
         if row is None or row.safetensors is None:
             raise CheckpointError(f"{name}: safetensors has no {dtype}; save as .pt or .pth", name=name)
         if piece.nbytes != math.prod(shape) * row.itemsize:
-            raise CheckpointError(
-                f"{name}: {dtype}, {list(shape)} does not have {piece.nbytes:,} bytes", name=name
-            )
+            raise CheckpointError(f"{name}: {dtype}, {list(shape)} does not have {piece.nbytes:,} bytes", name=name)
 
 
 def _write_data(file: BinaryIO, name: str, piece: Piece, limits: Limits) -> str:
@@ -204,7 +190,5 @@ def _head(tensors: Sequence[tuple[str, str, tuple[int, ...], Piece]], metadata: 
         raise CheckpointError(f"a name is no valid text: {error}") from None
     text += b" " * (-(8 + len(text)) % 64)
     if len(text) > _HEADER_MOST:
-        raise CheckpointError(
-            f"the names need a header of {len(text):,} bytes; safetensors reads {_HEADER_MOST:,}"
-        )
+        raise CheckpointError(f"the names need a header of {len(text):,} bytes; safetensors reads {_HEADER_MOST:,}")
     return len(text).to_bytes(8, "little") + text

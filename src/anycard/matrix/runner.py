@@ -24,9 +24,7 @@ class ModelError(ValueError):
     """MODEL cannot be imported or built."""
 
 
-def run_matrix(
-    spec: str, *, rows: Sequence[Row] | None = None, progress: Progress | None = None
-) -> MatrixReport:
+def run_matrix(spec: str, *, rows: Sequence[Row] | None = None, progress: Progress | None = None) -> MatrixReport:
     """Run every row on every column, by plain PyTorch and by anycard, comparing every tensor's bits.
 
     Args:

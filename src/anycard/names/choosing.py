@@ -38,9 +38,7 @@ def by_key(candidates: Sequence[StateDict], key: str, path: str) -> StateDict:
     inner = [part for c in candidates if (part := subtree(c, key)) is not None]
     if len(inner) == 1:
         return inner[0]
-    raise ChoiceError(
-        f"{path} holds no state dict {key!r}; it holds {_listed(c.key for c in candidates)}", path=path
-    )
+    raise ChoiceError(f"{path} holds no state dict {key!r}; it holds {_listed(c.key for c in candidates)}", path=path)
 
 
 def subtree(candidate: StateDict, key: str) -> StateDict | None:

@@ -19,8 +19,27 @@ _NOT_WEIGHTS = (
 )  # fmt: skip
 # Keys that hold a state dict, whatever lies beside them.
 _HOLDERS = frozenset(
-    "model state_dict model_state_dict state net network weights params ema model_ema ema_state_dict "
-    "generator discriminator student teacher module backbone encoder decoder".split()
+    [
+        "model",
+        "state_dict",
+        "model_state_dict",
+        "state",
+        "net",
+        "network",
+        "weights",
+        "params",
+        "ema",
+        "model_ema",
+        "ema_state_dict",
+        "generator",
+        "discriminator",
+        "student",
+        "teacher",
+        "module",
+        "backbone",
+        "encoder",
+        "decoder",
+    ]
 )
 
 
@@ -204,9 +223,7 @@ def _descend(obj: object, key: str, found: list[StateDict], depth: int, known: b
 
 def _descend_mapping(obj: Mapping[Any, Any], key: str, found: list[StateDict], depth: int, known: bool) -> None:
     direct = sum(isinstance(value, TensorInfo) for value in obj.values())
-    inner = {
-        str(name): value for name, value in obj.items() if _may_hold(str(name), value) and contents(value).tensors
-    }
+    inner = {str(name): value for name, value in obj.items() if _may_hold(str(name), value) and contents(value).tensors}
     if not direct and not inner:
         return
     if _is_training_level(obj, direct, inner, known):

@@ -108,9 +108,7 @@ def rebuild_tensor_v3(
     return _make(storage, name, offset, size, stride, grad is True, metadata)
 
 
-def _make(
-    ref: StorageRef, dtype: str, offset: Any, size: Any, stride: Any, grad: bool, metadata: Any
-) -> TensorInfo:
+def _make(ref: StorageRef, dtype: str, offset: Any, size: Any, stride: Any, grad: bool, metadata: Any) -> TensorInfo:
     first = _ints((offset,), "offset")[0]
     bits = metadata if isinstance(metadata, dict) else {}
     return _view(

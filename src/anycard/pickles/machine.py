@@ -43,11 +43,14 @@ def read_pickle(
         error.offset = base + machine.at if error.offset is None else error.offset
         raise
     except _WRONG as error:
-        raise FormatError(f"the pickle is damaged ({error or type(error).__name__})", offset=base + machine.at) from None
+        raise FormatError(
+            f"the pickle is damaged ({error or type(error).__name__})", offset=base + machine.at
+        ) from None
 
 
 _WRONG = (
-    IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error, OverflowError, MemoryError, RecursionError,
+    IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error, OverflowError,
+    MemoryError, RecursionError,
 )  # fmt: skip
 
 
@@ -216,7 +219,7 @@ def _float_line(m: _Machine) -> float:
 
 def _int_line(m: _Machine) -> Any:
     text = m.line()
-    return {"00": False, "01": True}.get(text, None) if text in ("00", "01") else int(text.rstrip("L"))
+    return {"00": False, "01": True}.get(text) if text in ("00", "01") else int(text.rstrip("L"))
 
 
 def _string_line(m: _Machine) -> str:

@@ -95,9 +95,7 @@ def _distinct(matches: list[Match], shapes: Mapping[str, object]) -> list[Match]
     return list(found.values())
 
 
-def _readings(
-    candidate: StateDict, shapes: Mapping[str, tuple[int, ...]], rename: Rename | None
-) -> list[Match]:
+def _readings(candidate: StateDict, shapes: Mapping[str, tuple[int, ...]], rename: Rename | None) -> list[Match]:
     """The candidate from its top, and from every prefix that its names vote for."""
     variants = _variants(candidate)
     lookup = _lookup(shapes)

@@ -17,17 +17,90 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 # Functions that look at a tensor, not at its values; and those that give a view of it.
 _METADATA = frozenset(
-    "dim size shape dtype device numel nelement is_floating_point is_complex requires_grad requires_grad_ ndim "
-    "stride is_contiguous __len__ element_size layout is_cuda is_cpu is_meta is_sparse is_quantized grad grad_fn "
-    "is_leaf storage_offset names __hash__ register_hook _version is_nested is_mkldnn is_xpu is_mps "
-    "_backward_hooks retains_grad output_nr itemsize nbytes is_signed".split()
+    [
+        "dim",
+        "size",
+        "shape",
+        "dtype",
+        "device",
+        "numel",
+        "nelement",
+        "is_floating_point",
+        "is_complex",
+        "requires_grad",
+        "requires_grad_",
+        "ndim",
+        "stride",
+        "is_contiguous",
+        "__len__",
+        "element_size",
+        "layout",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_sparse",
+        "is_quantized",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+        "storage_offset",
+        "names",
+        "__hash__",
+        "register_hook",
+        "_version",
+        "is_nested",
+        "is_mkldnn",
+        "is_xpu",
+        "is_mps",
+        "_backward_hooks",
+        "retains_grad",
+        "output_nr",
+        "itemsize",
+        "nbytes",
+        "is_signed",
+    ]
 )
 _VIEWS = frozenset(
-    "data detach view view_as reshape t T mT transpose permute unsqueeze squeeze __getitem__ narrow select flatten "
-    "expand chunk split unbind as_strided diagonal swapaxes movedim".split()
+    [
+        "data",
+        "detach",
+        "view",
+        "view_as",
+        "reshape",
+        "t",
+        "T",
+        "mT",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "__getitem__",
+        "narrow",
+        "select",
+        "flatten",
+        "expand",
+        "chunk",
+        "split",
+        "unbind",
+        "as_strided",
+        "diagonal",
+        "swapaxes",
+        "movedim",
+    ]
 )
 _FILLS = frozenset(
-    "zero_ fill_ uniform_ normal_ log_normal_ exponential_ cauchy_ geometric_ bernoulli_ random_".split()
+    [
+        "zero_",
+        "fill_",
+        "uniform_",
+        "normal_",
+        "log_normal_",
+        "exponential_",
+        "cauchy_",
+        "geometric_",
+        "bernoulli_",
+        "random_",
+    ]
 )
 
 
@@ -78,7 +151,9 @@ class _PutOff(TorchFunctionMode):
                 func(target, *args, **kwargs)
 
 
-_ARITHMETIC = frozenset("mul_ add_ sub_ div_ clamp_ clamp_min_ clamp_max_ erfinv_ neg_ pow_ sqrt_ exp_".split())
+_ARITHMETIC = frozenset(
+    ["mul_", "add_", "sub_", "div_", "clamp_", "clamp_min_", "clamp_max_", "erfinv_", "neg_", "pow_", "sqrt_", "exp_"]
+)
 
 
 def _short_name(func: Any) -> str:

@@ -86,9 +86,7 @@ def _read(tensor: torch.Tensor, info: TensorInfo, name: str, work: Work, verify:
     try:
         copy_into(tensor, info, check=verify)
     except FormatError as error:
-        raise FormatError(
-            f"{name}: {error.args[0]}", path=work.plan.path, name=name, offset=error.offset
-        ) from None
+        raise FormatError(f"{name}: {error.args[0]}", path=work.plan.path, name=name, offset=error.offset) from None
 
 
 def _put(work: Work, options: Options, new: list[tuple[torch.Tensor, TensorInfo, str]]) -> None:
@@ -136,9 +134,7 @@ def _move_rest(model: nn.Module, options: Options) -> None:
 class _Undo:
     """The old bytes of an existing model, as far as they fit the bound."""
 
-    def __init__(
-        self, work: Work, inplace: list[tuple[Target, TensorInfo]], limits: Limits, *, keep: bool
-    ) -> None:
+    def __init__(self, work: Work, inplace: list[tuple[Target, TensorInfo]], limits: Limits, *, keep: bool) -> None:
         self.started = False
         self.names = tuple(target.name for target, _ in inplace) if keep else ()
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []

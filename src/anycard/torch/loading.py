@@ -66,9 +66,7 @@ def load(
         DeviceError: The device is not there.
         ChoiceError: Several state dicts could be meant.
     """
-    options = Options(
-        None if device is None else find_device(device), _dtype(dtype), strict, key, rename, only
-    )
+    options = Options(None if device is None else find_device(device), _dtype(dtype), strict, key, rename, only)
     with open_checkpoint(path) as ckpt:
         if verify:
             _verify(ckpt)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -177,10 +176,10 @@ class _Planner:
 
     def _absent(self, name: str, target: Target) -> None:
         version = self.versions.get(name.rpartition(".")[0])
-        if target.attribute == "num_batches_tracked" and counts_batches(target.module):
-            if version is None or version < 2:
-                self.work.zeros.append(target)
-                return
+        counter = target.attribute == "num_batches_tracked" and counts_batches(target.module)
+        if counter and (version is None or version < 2):
+            self.work.zeros.append(target)
+            return
         self.missing.append(name)
 
     def _own_loaders(self) -> None:
@@ -331,7 +330,9 @@ def match_versions(match: Match) -> dict[str, int]:
     from anycard.names.wrappers import outer_prefix, without_segments
 
     held = {without_segments(path): version for path, version in match.source.versions.items()}
-    start = outer_prefix(without_segments(n) for n in match.source.tensors) + (match.prefix + "." if match.prefix else "")
+    start = outer_prefix(without_segments(n) for n in match.source.tensors) + (
+        match.prefix + "." if match.prefix else ""
+    )
     return {path.removeprefix(start) if start else path: version for path, version in held.items()}
 
 
@@ -363,9 +364,9 @@ def final_dtype(own: torch.dtype, info: TensorInfo, asked: torch.dtype | str | N
     return own
 
 
+_KINDS = {"bool": 0, "int": 1, "float": 2, "complex": 3}
+
+
 def _loses_kind(stored: str, own: str) -> bool:
-    rank: Callable[[str], int] = lambda name: {"bool": 0, "int": 1, "float": 2, "complex": 3}.get(DTYPES[name].kind, 9)  # noqa: E731
-    return rank(stored) > rank(own) or 9 in (rank(stored), rank(own))
-
-
-__all__ = ["Any", "Options", "OwnLoader", "Work", "final_dtype", "make_work"]
+    have, want = _KINDS.get(DTYPES[stored].kind), _KINDS.get(DTYPES[own].kind)
+    return have is None or want is None or have > want

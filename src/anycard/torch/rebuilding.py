@@ -140,7 +140,7 @@ class _Builder:
         if inspect.isclass(value):
             by_torch = kind.module.startswith("torch.nn") and not trusted
             return value if not by_torch or issubclass(value, nn.Module) else None
-        return value if inspect.isfunction(value) and not call or trusted else None
+        return value if (inspect.isfunction(value) and not call) or trusted else None
 
     def make(self, obj: Any) -> Any:
         """The real object for inert data; shared objects stay shared."""
