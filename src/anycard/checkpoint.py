@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from anycard.disk.source import Source, open_source
-from anycard.errors import CheckpointError, FormatError
+from anycard.errors import CheckpointError, ChoiceError, FormatError
 from anycard.formats.index import Index
 from anycard.formats.registry import read_index
 from anycard.limits import DEFAULT, Limits
@@ -17,7 +17,7 @@ from anycard.names.choosing import canonical_names, pick
 from anycard.names.stored import Contents, StateDict, contents, module_state, state_dicts
 from anycard.names.stored import wrapped_module as _wrapped
 from anycard.pickles.stubs import Inert
-from anycard.tensors import DTYPES, TensorInfo, is_dense, row_major, span_numel
+from anycard.tensors import DTYPES, TensorInfo
 
 
 class Checkpoint:
@@ -90,7 +90,16 @@ class Checkpoint:
     @cached_property
     def state_dicts(self) -> list[StateDict]:
         """The state dicts in the file, by structure."""
-        return state_dicts(self._index.tree)
+        return state_dicts({**self._index.tree, **self.ties} if self.ties else self._index.tree)
+
+    @cached_property
+    def ties(self) -> dict[str, TensorInfo]:
+        """Second names of tied tensors that a safetensors file keeps in its metadata."""
+        tree = self._index.tree
+        if self.format != "safetensors":
+            return {}
+        pairs = self._index.metadata.items()
+        return {name: tree[kept] for name, kept in pairs if kept in tree and name not in tree and name != "format"}
 
     def chosen(self, key: str | None = None) -> StateDict:
         """The one state dict that is meant; ChoiceError where none or several could be."""
@@ -114,15 +123,7 @@ class Checkpoint:
         if not canonical:
             return dict(found.tensors)
         names, _ = canonical_names(found, marked=self.marked)
-        tensors = {name: found.tensors[stored] for stored, name in names.items()}
-        return {**tensors, **self._tied(tensors)}
-
-    def _tied(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """Second names of tied tensors that a safetensors file keeps in its metadata."""
-        if self.format != "safetensors":
-            return {}
-        pairs = self._index.metadata.items()
-        return {str(n): tensors[str(k)] for n, k in pairs if str(k) in tensors and str(n) not in tensors}
+        return {name: found.tensors[stored] for stored, name in names.items()}
 
     def numpy(self, name: str, *, raw: bool = False) -> Any:
         """One tensor as an array, read now; by full stored path or canonical name.
@@ -159,16 +160,26 @@ class Checkpoint:
 Checkpoint.__module__ = "anycard"
 
 
-def open_checkpoint(file: str | os.PathLike[str] | BinaryIO, limits: Limits = DEFAULT) -> Checkpoint:
+def open_checkpoint(
+    file: str | os.PathLike[str] | BinaryIO, *, member: str | None = None, limits: Limits = DEFAULT
+) -> Checkpoint:
     """Open a checkpoint of any format; only its index is read.
+
+    Args:
+        member: Which file, where this one holds checkpoints inside.
 
     Raises:
         FormatError: Damaged, or no checkpoint.
+        ChoiceError: `member` was given, and the file is a checkpoint itself.
         FileNotFoundError: There is no such file.
     """
     source = open_source(file)
     try:
-        return Checkpoint(source, read_index(source, limits), limits)
+        index = read_index(source, limits)
+        if member is not None:
+            message = f"{source.name} is a {index.format} file, not one that holds others: member= picks nothing in it"
+            raise ChoiceError(message, path=source.name)
+        return Checkpoint(source, index, limits)
     except BaseException:
         source.close()
         raise
@@ -285,6 +296,3 @@ def _plain_stub(value: Inert, depth: int) -> dict[str, Any]:
         if held:
             data[label] = plain(list(held), depth + 1)
     return data
-
-
-__all__ = ["Checkpoint", "as_numpy", "is_dense", "open_checkpoint", "row_major", "span_numel", "tensor_bytes"]

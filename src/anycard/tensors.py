@@ -179,15 +179,10 @@ class TensorInfo:
         """Row-major without gaps."""
         return is_row_major(self.shape, self.stride)
 
-    def same_bytes(self, other: TensorInfo) -> bool:
-        """Both are the same view of the same bytes (tied)."""
-        return (
-            self.storage is other.storage
-            and self.start == other.start
-            and self.shape == other.shape
-            and self.stride == other.stride
-            and self.dtype == other.dtype
-        )
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Equal for tied tensors: the same view of the same bytes."""
+        return id(self.storage), self.start, self.shape, self.stride, self.dtype, self.conj, self.neg
 
     def replace(self, **changes: object) -> TensorInfo:
         """A copy with some attributes changed."""

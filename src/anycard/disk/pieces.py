@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from zlib_ng import zlib_ng
+
 from anycard.disk.source import Source
-from anycard.errors import CheckpointError
+from anycard.errors import CheckpointError, FormatError
 
 
 class Piece(Protocol):
@@ -37,20 +39,31 @@ class Bytes:
 
 
 class FileRange:
-    """A range of a source, read in bounded chunks into one buffer that is used again."""
+    """A range of a source, read in bounded chunks into one buffer that is used again.
 
-    def __init__(self, source: Source, offset: int, nbytes: int) -> None:
+    With `crc`, the CRC-32 that the bytes must have: FormatError (with `label`) once they have been read otherwise.
+    """
+
+    def __init__(self, source: Source, offset: int, nbytes: int, label: str = "", crc: int | None = None) -> None:
         self._source = source
         self._offset = offset
+        self._label = label
+        self._crc = crc
         self.nbytes = nbytes
 
     def chunks(self, chunk_nbytes: int) -> Iterator[memoryview]:
         """See `Piece`."""
         buffer = memoryview(bytearray(min(chunk_nbytes, self.nbytes)))
+        crc = 0
         for start in range(0, self.nbytes, chunk_nbytes):
             view = buffer[: min(chunk_nbytes, self.nbytes - start)]
             self._source.read_into(self._offset + start, view)
+            crc = zlib_ng.crc32(view, crc)
             yield view
+        if self._crc is not None and crc != self._crc:
+            raise FormatError(
+                f"{self._label} is damaged: its CRC-32 does not match", name=self._label, offset=self._offset
+            )
 
 
 class Lazy:
@@ -66,6 +79,26 @@ class Lazy:
         if len(view) != self.nbytes:
             raise CheckpointError(f"{self.nbytes:,} bytes were planned, {len(view):,} came")
         yield from _cut(view, chunk_nbytes)
+
+
+class _Counted:
+    """A piece that says how much of it was taken."""
+
+    def __init__(self, piece: Piece, done: Callable[[int], None]) -> None:
+        self._piece = piece
+        self._done = done
+        self.nbytes = piece.nbytes
+
+    def chunks(self, chunk_nbytes: int) -> Iterator[memoryview]:
+        """See `Piece`."""
+        for chunk in self._piece.chunks(chunk_nbytes):
+            yield chunk
+            self._done(len(chunk))
+
+
+def counted(piece: Piece, done: Callable[[int], None]) -> Piece:
+    """The piece, with `done` called with the bytes of each chunk once it is used."""
+    return _Counted(piece, done)
 
 
 def _flat(view: memoryview) -> memoryview:

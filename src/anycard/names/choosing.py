@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from anycard.errors import ChoiceError, FormatError
 from anycard.names.stored import StateDict
@@ -53,8 +54,9 @@ def subtree(candidate: StateDict, key: str) -> StateDict | None:
     return None
 
 
-def _below(candidate: StateDict, prefix: str) -> dict[str, int]:
-    return {p[len(prefix) + 1 :]: v for p, v in candidate.versions.items() if p.startswith(prefix + ".")}
+def _below(candidate: StateDict, prefix: str) -> dict[str, dict[str, Any]]:
+    held = candidate.metadata.items()
+    return {p[len(prefix) + 1 :]: v for p, v in held if p == prefix or p.startswith(prefix + ".")}
 
 
 def _listed(keys: Iterable[str]) -> str:

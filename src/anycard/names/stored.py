@@ -51,7 +51,7 @@ class StateDict:
         key: Full path of the place (`"state_dict"`), "" for the whole file.
         tensors: Stored name, relative to `key` -> tensor.
         canonical: Stored name -> canonical name, where the class names of a whole model tell; else None.
-        versions: Module path -> version, from `_metadata`.
+        metadata: Module path -> what `_metadata` says of it (`{"version": 2}`).
         extras: Entries that are no tensors (extra state), by stored name.
         wrappers: Wrapper class or segment names that a whole model shows.
     """
@@ -59,7 +59,7 @@ class StateDict:
     key: str
     tensors: dict[str, TensorInfo]
     canonical: dict[str, str] | None = None
-    versions: dict[str, int] = field(default_factory=dict)
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
     extras: dict[str, object] = field(default_factory=dict)
     wrappers: tuple[str, ...] = ()
     shadow: str | None = None  # a `state_dict` attribute that hides the method
@@ -273,16 +273,23 @@ def _from_mapping(obj: object, key: str) -> StateDict:
     tensors = found.tensors
     for name in extras:
         tensors = {n: t for n, t in tensors.items() if not n.startswith(name + ".")}
-    return StateDict(key, tensors, versions=_versions(obj), extras=extras)
+    return StateDict(key, tensors, metadata=_metadata(obj), extras=extras)
 
 
-def _versions(obj: object) -> dict[str, int]:
+def _metadata(obj: object) -> dict[str, dict[str, Any]]:
     held = getattr(obj, "__dict__", {}).get("_metadata") if isinstance(obj, dict) else None
-    versions = {}
-    for path, value in _items(held):
-        if isinstance(value, Mapping) and isinstance(value.get("version"), int):
-            versions[path] = value["version"]
-    return versions
+    return {path: _plain_keys(value) for path, value in _items(held) if isinstance(value, Mapping)}
+
+
+def _plain_keys(held: Mapping[Any, Any]) -> dict[str, Any]:
+    """Names and plain values, as torch's modules keep their versions; anything else is left out."""
+    kept: dict[str, Any] = {}
+    for name, value in held.items():
+        if isinstance(value, Mapping):
+            kept[str(name)] = {str(k): v for k, v in value.items() if isinstance(v, (str, int, float, bool))}
+        elif isinstance(value, (str, int, float, bool)):
+            kept[str(name)] = value
+    return kept
 
 
 def _from_module(obj: object, key: str) -> StateDict:
@@ -293,7 +300,7 @@ def _from_module(obj: object, key: str) -> StateDict:
             tensors[".".join(stored)] = value
             canonical[".".join(stored)] = ".".join(name)
     wrappers = tuple(dict.fromkeys(_wrapper_names(obj)))
-    return StateDict(key, tensors, canonical, _module_versions(obj), wrappers=wrappers, shadow=_shadow(obj, key))
+    return StateDict(key, tensors, canonical, wrappers=wrappers, shadow=_shadow(obj, key))
 
 
 def _wrapper_names(obj: object) -> Iterator[str]:
@@ -312,11 +319,6 @@ def _wrapper_names(obj: object) -> Iterator[str]:
         if inert_wrapper(at) is not None:
             yield type(at).name
         stack.extend(child for _, child in _items(state["_modules"]))
-
-
-def _module_versions(obj: object) -> dict[str, int]:
-    """A whole model's batch norms have their counters, or lack them, as they were: no versions known."""
-    return {}
 
 
 def _shadow(obj: object, key: str) -> str | None:

@@ -1,25 +1,29 @@
-"""`convert`: torch zip or legacy stream to safetensors and back, without torch."""
+"""`convert`: any format that is read, to safetensors or a torch zip, without torch."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from anycard.disk.atomic import replace_file
-from anycard.disk.pieces import FileRange, Lazy, Piece
-from anycard.errors import CheckpointError
+from anycard.disk.pieces import Piece, counted
+from anycard.errors import CheckpointError, ChoiceError
 from anycard.formats.registry import format_for
 from anycard.formats.safetensors import write_safetensors
 from anycard.formats.torch_zip_writer import write_torch_zip
 from anycard.limits import DEFAULT
-from anycard.pickles.writer import TensorRef, dump
+from anycard.names.choosing import canonical_names
+from anycard.names.stored import StateDict
+from anycard.names.wrappers import OWN_NAMES
+from anycard.operations.contents import Copier, piece_of
+from anycard.pickles.writer import dump
+from anycard.plans.matching import Match, canonical_metadata
 from anycard.progress import Progress, counting
-from anycard.tensors import DTYPES, TensorInfo, row_major
+from anycard.tensors import DTYPES, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Conversion:
     Attributes:
         src, dst, format: The files, and the format written.
         tensors: How many tensors went over.
-        left_behind: Full paths of what the target cannot hold.
+        left_behind: Full paths of what the target cannot hold, or what was not asked for.
         wrappers: Wrapper segments that went from the names.
     """
 
@@ -49,83 +53,94 @@ def convert(
     member: str | None = None,
     progress: Progress = None,
 ) -> Conversion:
-    """Write a file's state dict in the format of `dst`'s suffix, under canonical names.
+    """Write a file in the format of `dst`'s suffix, under canonical names.
+
+    A torch zip takes all plain data and tensors; safetensors takes one state dict, and what else the file
+    holds stays behind. With a `key`, that state dict alone goes over.
 
     Raises:
-        ChoiceError: The file holds several state dicts, and no `key` was given.
+        ChoiceError: To safetensors without a `key`: several places in the file hold tensors.
         CheckpointError: The format cannot hold a tensor; names it. `dst` is as it was.
         ValueError: The suffix of `dst` says no format.
     """
     kind = format_for(os.fspath(dst))
-    with open_checkpoint(src) as ckpt:
-        found = ckpt.chosen(key)
-        weights = ckpt.weights(key)
-        mark = _mark(ckpt, found.versions)
-        with counting(progress, sum(i.nbytes for i in weights.values())) as done, replace_file(dst) as file:
-            if kind == "safetensors":
-                rows, ties = _rows(weights, done)
-                metadata = {"anycard": json.dumps(mark, sort_keys=True, separators=(",", ":")), **ties}
-                write_safetensors(file, rows, metadata, DEFAULT, ties=ties)
-            else:
-                tree, pieces = _tree(weights, mark, done)
-                write_torch_zip(file, dump(tree), pieces, mark, DEFAULT)
-        inside = {f"{found.key}.{name}" if found.key else name for name in found.tensors}
-        left = [name for name in ckpt.tensors if name not in inside] + [n for n in ckpt.objects if n]
-        wrappers = ckpt.wrappers
-    return Conversion(os.fspath(src), os.fspath(dst), kind, len(weights), tuple(left), wrappers)
+    with open_checkpoint(src, member=member) as ckpt:
+        if kind == "safetensors":
+            count, left = _to_safetensors(ckpt, key, os.fspath(dst), progress)
+        else:
+            count, left = _to_zip(ckpt, key, os.fspath(dst), progress)
+        return Conversion(os.fspath(src), os.fspath(dst), kind, count, left, ckpt.wrappers)
 
 
-def _mark(ckpt: Checkpoint, versions: Mapping[str, int]) -> dict[str, Any]:
-    from anycard.names.wrappers import outer_prefix, without_segments
+def _to_safetensors(ckpt: Checkpoint, key: str | None, dst: str, progress: Progress) -> tuple[int, tuple[str, ...]]:
+    found = ckpt.chosen(key)
+    if key is None:
+        _refuse_other_tensors(ckpt, found)
+    weights = ckpt.weights(key)
+    with counting(progress, sum(info.nbytes for info in weights.values())) as done:
+        rows, ties = _rows(weights, done)
+        text = json.dumps(_mark(ckpt, found), sort_keys=True, separators=(",", ":"))
+        with replace_file(dst) as file:
+            write_safetensors(file, rows, {"anycard": text, **ties}, DEFAULT, ties=ties)
+    return len(weights), _beside(ckpt, found)
 
-    mark = {**ckpt.mark, "anycard": 1}
-    prefix = "" if ckpt.marked else outer_prefix(map(without_segments, ckpt.chosen().tensors)) if versions else ""
-    kept = {without_segments(p).removeprefix(prefix): v for p, v in versions.items() if v != 1}
-    if kept:
-        mark["versions"] = kept
+
+def _to_zip(ckpt: Checkpoint, key: str | None, dst: str, progress: Progress) -> tuple[int, tuple[str, ...]]:
+    copier = Copier(ckpt)
+    dicts = ckpt.state_dicts
+    found = ckpt.chosen(key) if key is not None or [d.key for d in dicts] == [""] else None
+    tree = copier.everything() if found is None else copier.state_dict(found)
+    mark = {"anycard": 1} if found is None else _mark(ckpt, found)
+    mark.pop("metadata", None)  # a torch zip has a place of its own for it
+    with counting(progress, sum(piece.nbytes for piece in copier.pieces)) as done, replace_file(dst) as file:
+        write_torch_zip(file, dump(tree), [counted(piece, done) for piece in copier.pieces], mark, DEFAULT)
+    return copier.count, tuple(copier.gone) if found is None else _beside(ckpt, found)
+
+
+def _refuse_other_tensors(ckpt: Checkpoint, found: StateDict) -> None:
+    others = [name for name in ckpt.tensors if found.key and not name.startswith(found.key + ".")]
+    if others:
+        raise ChoiceError(
+            f"{ckpt.path} holds tensors beside {found.key!r}, which safetensors would lose: "
+            f"{', '.join(others[:10])}{' …' if len(others) > 10 else ''} ({len(others)} in all). "
+            f"To take {found.key!r} alone: key={found.key!r}; a .pt or .pth keeps everything",
+            path=ckpt.path,
+        )
+
+
+def _beside(ckpt: Checkpoint, found: StateDict) -> tuple[str, ...]:
+    """Full paths of everything that is not in the state dict."""
+    inside = {f"{found.key}.{name}" if found.key else name for name in found.tensors}
+    return tuple([name for name in ckpt.tensors if name not in inside] + [name for name in ckpt.objects if name])
+
+
+def _mark(ckpt: Checkpoint, found: StateDict) -> dict[str, Any]:
+    """anycard's own record for a state dict that goes over: versions, and what belongs to wrappers."""
+    names, _ = canonical_names(found, marked=ckpt.marked)
+    mark: dict[str, Any] = {k: v for k, v in ckpt.mark.items() if k not in ("whole", "metadata")}
+    mark["anycard"] = 1
+    held = canonical_metadata(Match(found, "", {name: stored for stored, name in names.items()}, ()), ckpt.mark)
+    if held or "metadata" in ckpt.mark:
+        mark["metadata"] = {path: kept for path, kept in held.items() if kept != {"version": 1}}
+    own = {n: i for n, i in found.tensors.items() if n not in names and n.rpartition(".")[2] in OWN_NAMES}
+    for name, info in own.items():
+        mark.setdefault("wrappers", {})[name.rpartition(".")[2]] = int.from_bytes(tensor_bytes(info), "little")
     return mark
 
 
-def _rows(
-    weights: Mapping[str, TensorInfo], done: Any
-) -> tuple[list[tuple[str, str, tuple[int, ...], Piece]], dict[str, str]]:
-    rows: list[tuple[str, str, tuple[int, ...], Piece]] = []
+_Rows = list[tuple[str, str, tuple[int, ...], Piece]]
+
+
+def _rows(weights: Mapping[str, TensorInfo], done: Callable[[int], None]) -> tuple[_Rows, dict[str, str]]:
+    rows: _Rows = []
     ties: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
+    first: dict[object, str] = {}
     for name, info in weights.items():
-        place = (id(info.storage), info.start, info.shape, info.stride, info.dtype)
-        if info.nbytes and place in first:
-            ties[name] = first[place]
+        kept = first.setdefault(info.place, name)
+        if kept != name and info.nbytes:
+            ties[name] = kept
             continue
-        first[place] = name
         if DTYPES[info.dtype].safetensors is None:
-            raise CheckpointError(f"{name}: safetensors has no {info.dtype}", name=name)
-        rows.append((name, info.dtype, info.shape, _piece(info, done)))
+            raise CheckpointError(f"{name}: safetensors has no {info.dtype}; a .pt or .pth holds it", name=name)
+        rows.append((name, info.dtype, info.shape, counted(piece_of(info, name), done)))
     return rows, ties
-
-
-def _piece(info: TensorInfo, done: Any) -> Piece:
-    plain = not (info.conj or info.neg or info.storage.big_endian or info.storage.missing)
-    if plain and info.contiguous and info.storage.source is not None and info.offset is not None:
-        done(info.nbytes)
-        return FileRange(info.storage.source, info.offset, info.nbytes)
-    done(info.nbytes)
-    return Lazy(info.nbytes, lambda: tensor_bytes(info))
-
-
-def _tree(weights: Mapping[str, TensorInfo], mark: dict[str, Any], done: Any) -> tuple[Any, list[Piece]]:
-    tree: OrderedDict[str, Any] = OrderedDict()
-    pieces: list[Piece] = []
-    known: dict[tuple[Any, ...], TensorRef] = {}
-    for name, info in weights.items():
-        place = (id(info.storage), info.start, info.shape, info.stride, info.dtype)
-        if place not in known or not info.nbytes:
-            key = str(len(pieces))
-            pieces.append(_piece(info, done))
-            known[place] = TensorRef(key, info.dtype, "cpu", info.numel, 0, info.shape, row_major(info.shape))
-        tree[name] = known[place]
-    versions = mark.get("versions")
-    if isinstance(versions, dict):
-        paths = {"": 1, **{n.rpartition(".")[0]: 1 for n in weights}, **versions}
-        tree._metadata = OrderedDict((p, {"version": v}) for p, v in paths.items())  # type: ignore[attr-defined]
-    return tree, pieces

@@ -101,6 +101,6 @@ def _by_fingerprint(ckpt: Checkpoint, limits: Limits) -> Report:
     names = tuple(ckpt.tensors)
     if stored is None:
         return Report(ckpt.path, ckpt.format, (), names, 0)
-    if fingerprint_of({**ckpt.tensors, **ckpt._tied(ckpt.tensors)}, limits) != stored:
+    if fingerprint_of({**ckpt.tensors, **ckpt.ties}, limits) != stored:
         return Report(ckpt.path, ckpt.format, names, (), 0)
     return Report(ckpt.path, ckpt.format, (), (), len(names))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from anycard.tensors import TensorInfo
 
+_META = "give a callable that builds the model instead"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -31,6 +32,7 @@ class LoadPlan:
         nearest: Missing name -> the nearest name in the file of the same shape.
         notes: What else a reader should know, a line each.
         called: Modules that load themselves and are called for real.
+        unfillable: Names on the meta device that the file does not hold, so that nothing gives them values.
     """
 
     path: str
@@ -47,13 +49,14 @@ class LoadPlan:
     nearest: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     called: tuple[str, ...] = ()
+    unfillable: tuple[str, ...] = ()
     total: int = 0
     nbytes: int = 0
 
     @property
     def fits(self) -> bool:
         """A strict load would go through (values of tied names aside)."""
-        return not (self.missing or self.unexpected or self.shapes or self.refused)
+        return not (self.missing or self.unexpected or self.shapes or self.refused or self.unfillable)
 
     def problems(self) -> list[str]:
         """A line for everything that does not fit."""
@@ -67,6 +70,7 @@ class LoadPlan:
             f"  dtype       {name}: {self.casts[name][0]} in the file into {self.casts[name][1]} would lose what it is"
             for name in self.refused
         ]
+        lines += [f"  no value    {name}: on the meta device and not in the file; {_META}" for name in self.unfillable]
         return lines
 
     def _missing(self, name: str) -> str:
@@ -81,6 +85,7 @@ class LoadPlan:
             for held, word in (
                 (self.missing, "missing"), (self.unexpected, "unexpected"),
                 (self.shapes, "of another shape"), (self.refused, "of another kind of dtype"),
+                (self.unfillable, "without a value"),
             )
             if held
         ]  # fmt: skip

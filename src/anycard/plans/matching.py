@@ -10,6 +10,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from anycard.errors import ChoiceError, MismatchError
 from anycard.names.stored import StateDict
@@ -64,6 +65,8 @@ def find(
         ChoiceError: Two fit equally well, or there is none.
         MismatchError: Two names become one by `rename`.
     """
+    if rename is not None:
+        check_rename(rename)
     matches = [m for c in candidates for m in _readings(c, shapes, rename)]
     if not matches:
         raise ChoiceError(f"{path} holds no tensors that could be a model's weights", path=path)
@@ -74,6 +77,8 @@ def find(
             for name, shape in shapes.items()
         )
     best = max((m.exact, m.hits) for m in matches)
+    if best == (0, 0):
+        return max(matches, key=lambda m: (not m.prefix, len(m.names)))  # the plan says that nothing fits
     top = [m for m in matches if (m.exact, m.hits) == best]
     whole = [m for m in top if not m.prefix]
     chosen = _distinct(whole or top, shapes)
@@ -90,7 +95,8 @@ def _distinct(matches: list[Match], shapes: Mapping[str, object]) -> list[Match]
     """One match for each set of stored tensors."""
     found: dict[object, Match] = {}
     for match in matches:
-        used = tuple((match.source.key, match.names.get(name)) for name in shapes)
+        held = infos(match)
+        used = tuple(held[name].place if name in held else None for name in shapes)
         found.setdefault(used, match)
     return list(found.values())
 
@@ -116,6 +122,9 @@ def _variants(candidate: StateDict) -> dict[str, list[tuple[str, ...]]]:
     return {stored: _forms(name, nodes) for stored, name in parts.items()}
 
 
+_OWN: list[tuple[str, ...]] = [("",)]  # a wrapper's own buffer, which is no name of the model
+
+
 def _forms(name: tuple[str, ...], nodes: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
     places = [i for i, part in enumerate(name) if part == "module" and name[:i] in nodes][:6]
     own = name[-1] in OWN_NAMES and name[:-1] in nodes
@@ -123,7 +132,7 @@ def _forms(name: tuple[str, ...], nodes: set[tuple[str, ...]]) -> list[tuple[str
     for mask in range((1 << len(places)) - 1, -1, -1):
         gone = {place for bit, place in enumerate(places) if mask >> bit & 1}
         forms.append(tuple(part for i, part in enumerate(name) if i not in gone))
-    return [("",)] if own else forms
+    return _OWN if own else forms
 
 
 def _lookup(shapes: Iterable[str]) -> dict[tuple[str, ...], str]:
@@ -151,39 +160,43 @@ def _read_from(
     names: dict[str, str] = {}
     outside = []
     for stored, forms in variants.items():
-        below = [form[len(start) :] for form in forms if form[: len(start)] == start and len(form) > len(start)]
-        if forms == [("",)]:
+        if forms == _OWN:
             continue
+        below = [form[len(start) :] for form in forms if form[: len(start)] == start and len(form) > len(start)]
         if not below:
             outside.append(stored)
             continue
-        name = next((lookup[form] for form in below if form in lookup), ".".join(below[0]))
-        names[_renamed_once(name, below, rename)] = stored
-    if len(names) + len(outside) + sum(f == [("",)] for f in variants.values()) < len(variants):
-        _refuse_collision(variants, start, lookup, rename)
+        name = _name_for(below, lookup, rename)
+        if name in names:
+            raise MismatchError(f"{names[name]!r} and {stored!r} would both become {name!r}: two names are one")
+        names[name] = stored
     return Match(candidate, prefix, names, tuple(outside))
 
 
-def _renamed_once(name: str, below: list[tuple[str, ...]], rename: Rename | None) -> str:
-    return name if rename is None else renamed(".".join(below[0]), rename)
+def _name_for(forms: Sequence[tuple[str, ...]], lookup: Mapping[tuple[str, ...], str], rename: Rename | None) -> str:
+    """The model's name for a stored tensor, whichever of its forms the model has; else its canonical name."""
+    if rename is not None:
+        forms = [tuple(renamed(".".join(form), rename).split(".")) for form in forms]
+    return next((lookup[form] for form in forms if form in lookup), ".".join(forms[0]))
 
 
-def _refuse_collision(
-    variants: Mapping[str, list[tuple[str, ...]]],
-    start: tuple[str, ...],
-    lookup: Mapping[tuple[str, ...], str],
-    rename: Rename | None,
-) -> None:
-    taken: dict[str, str] = {}
-    for stored, forms in variants.items():
-        below = [form[len(start) :] for form in forms if form[: len(start)] == start and len(form) > len(start)]
-        if not below or forms == [("",)]:
-            continue
-        name = next((lookup[form] for form in below if form in lookup), ".".join(below[0]))
-        name = _renamed_once(name, below, rename)
-        if name in taken:
-            raise MismatchError(f"{taken[name]!r} and {stored!r} would both become {name!r}: two names are one")
-        taken[name] = stored
+def check_rename(rename: Rename) -> None:
+    """Refuse what is no rename before anything is matched.
+
+    Raises:
+        ValueError: A pattern is no regular expression, or the list holds no pairs.
+        TypeError: It is no mapping, list or function.
+    """
+    if callable(rename) or isinstance(rename, Mapping):
+        return
+    if not isinstance(rename, (list, tuple)):
+        raise TypeError(f"rename is a mapping, a list of (regex, replacement) or a function, not {rename!r:.80}")
+    for pair in rename:
+        try:
+            pattern, replacement = pair
+            re.sub(pattern, replacement, "")
+        except (re.error, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"rename: {pair!r:.80} is no (regex, replacement): {error}") from None
 
 
 def renamed(name: str, rename: Rename) -> str:
@@ -225,3 +238,29 @@ def selected(names: Iterable[str], only: Only) -> set[str]:
 def infos(match: Match) -> dict[str, TensorInfo]:
     """Canonical name -> stored tensor, of a match."""
     return {name: match.source.tensors[stored] for name, stored in match.names.items()}
+
+
+def canonical_metadata(match: Match, mark: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Module path in the model -> what the file says of that module (`{"version": 2}`).
+
+    A torch zip keeps it in `_metadata`; a safetensors file of ours keeps what is not `{"version": 1}` in its mark.
+    """
+    held = match.source.metadata
+    found = {path: held[stored] for stored, path in _module_paths(match).items() if stored in held} if held else {}
+    marked = mark.get("metadata")
+    if isinstance(marked, dict):
+        found.update({path: kept for path, kept in marked.items() if isinstance(kept, dict)})
+    return found
+
+
+def _module_paths(match: Match) -> dict[str, str]:
+    """Module path in the file -> module path in the model, as the tensors' names show them."""
+    found: dict[str, str] = {}
+    for name, stored in match.names.items():
+        outer, inner = stored, name
+        while True:
+            outer, _, last = outer.rpartition(".")
+            inner, _, mine = inner.rpartition(".")
+            if last != mine or found.setdefault(outer, inner) != inner or not inner:
+                break
+    return found

@@ -13,95 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
-# Functions that look at a tensor, not at its values; and those that give a view of it.
-_METADATA = frozenset(
-    [
-        "dim",
-        "size",
-        "shape",
-        "dtype",
-        "device",
-        "numel",
-        "nelement",
-        "is_floating_point",
-        "is_complex",
-        "requires_grad",
-        "requires_grad_",
-        "ndim",
-        "stride",
-        "is_contiguous",
-        "__len__",
-        "element_size",
-        "layout",
-        "is_cuda",
-        "is_cpu",
-        "is_meta",
-        "is_sparse",
-        "is_quantized",
-        "grad",
-        "grad_fn",
-        "is_leaf",
-        "storage_offset",
-        "names",
-        "__hash__",
-        "register_hook",
-        "_version",
-        "is_nested",
-        "is_mkldnn",
-        "is_xpu",
-        "is_mps",
-        "_backward_hooks",
-        "retains_grad",
-        "output_nr",
-        "itemsize",
-        "nbytes",
-        "is_signed",
-    ]
-)
-_VIEWS = frozenset(
-    [
-        "data",
-        "detach",
-        "view",
-        "view_as",
-        "reshape",
-        "t",
-        "T",
-        "mT",
-        "transpose",
-        "permute",
-        "unsqueeze",
-        "squeeze",
-        "__getitem__",
-        "narrow",
-        "select",
-        "flatten",
-        "expand",
-        "chunk",
-        "split",
-        "unbind",
-        "as_strided",
-        "diagonal",
-        "swapaxes",
-        "movedim",
-    ]
-)
-_FILLS = frozenset(
-    [
-        "zero_",
-        "fill_",
-        "uniform_",
-        "normal_",
-        "log_normal_",
-        "exponential_",
-        "cauchy_",
-        "geometric_",
-        "bernoulli_",
-        "random_",
-    ]
-)
+from anycard.torch.overrides import ARITHMETIC, FILLS, METADATA, VIEWS, short_name
 
 
 class _PutOff(TorchFunctionMode):
@@ -115,14 +29,14 @@ class _PutOff(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = _short_name(func)
-        if name in _METADATA:
+        name = short_name(func)
+        if name in METADATA:
             return func(*args, **kwargs)
         if self._can_wait(name, args, kwargs):
             target = args[0]
             self.pending.setdefault(_place(target), []).append((target.detach(), func, args[1:], kwargs))
             return target
-        if self.pending and name not in _VIEWS:
+        if self.pending and name not in VIEWS:
             self._settle((*args, *kwargs.values()))
         return func(*args, **kwargs)
 
@@ -134,7 +48,7 @@ class _PutOff(TorchFunctionMode):
             return False
         if any(isinstance(value, (torch.Tensor, list, tuple)) for value in (*args[1:], *kwargs.values())):
             return False
-        return name in _FILLS or (_place(target) in self.pending and name in _ARITHMETIC)
+        return name in FILLS or (_place(target) in self.pending and name in ARITHMETIC)
 
     def _settle(self, values: Iterable[Any]) -> None:
         for value in values:
@@ -149,18 +63,6 @@ class _PutOff(TorchFunctionMode):
         with torch._C.DisableTorchFunction(), torch.no_grad():
             for target, func, args, kwargs in self.pending.pop(place, ()):
                 func(target, *args, **kwargs)
-
-
-_ARITHMETIC = frozenset(
-    ["mul_", "add_", "sub_", "div_", "clamp_", "clamp_min_", "clamp_max_", "erfinv_", "neg_", "pow_", "sqrt_", "exp_"]
-)
-
-
-def _short_name(func: Any) -> str:
-    name = getattr(func, "__name__", "") or ""
-    if name in ("__get__", "__set__"):
-        name = getattr(getattr(func, "__self__", None), "__name__", "") or (resolve_name(func) or "").split(".")[-2]
-    return str(name)
 
 
 def _place(tensor: torch.Tensor) -> int:

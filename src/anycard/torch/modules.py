@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from anycard.errors import CheckpointError
 from anycard.names.wrappers import Wrapper, wrapper_of
@@ -37,6 +38,12 @@ class Target:
         tensor = held[self.attribute]
         assert tensor is not None
         return tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes; (-1,) for an uninitialised one of a lazy module, which has none yet."""
+        tensor = self.tensor
+        return (-1,) if is_lazy(tensor) else tuple(tensor.shape)
 
 
 def live_wrapper(module: nn.Module) -> Wrapper | None:
@@ -89,19 +96,23 @@ def targets(model: nn.Module) -> list[Target]:
 
 
 def canonical_paths(model: nn.Module) -> dict[str, str]:
-    """Live module path -> canonical module path."""
+    """Live module path -> canonical module path; the modules behind wrappers win over the wrappers."""
     return {live: canonical for live, canonical, _ in walk(model)}
 
 
-def canonical_name(live: str, paths: dict[str, str]) -> str:
-    """A state dict's key without the wrapper segments that the module tree shows."""
-    head = live
+def live_paths(model: nn.Module) -> dict[str, str]:
+    """Canonical module path -> live module path, of the innermost module that has the canonical one."""
+    return {canonical: live for live, canonical, _ in walk(model)}
+
+
+def translated(name: str, paths: Mapping[str, str]) -> str:
+    """A tensor's name with its module's path replaced, by the deepest module that `paths` knows."""
+    head = name
     while head:
         head = head.rpartition(".")[0]
         if head in paths:
-            rest = live[len(head) + 1 :] if head else live
-            return _join(paths[head], rest)
-    return live
+            return _join(paths[head], name[len(head) + 1 :] if head else name)
+    return name
 
 
 def refuse_assigned_state_dict(model: nn.Module) -> None:

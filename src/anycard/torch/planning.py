@@ -1,9 +1,11 @@
-"""From a checkpoint and a live model to a checked `Work`: the plan, and what to do for it."""
+"""From a checkpoint and a live model to a checked `Work`: the plan, and what to do for it. Touches nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,22 +14,23 @@ from anycard.checkpoint import Checkpoint
 from anycard.names.choosing import by_key
 from anycard.names.stored import StateDict
 from anycard.plans.load_plan import LoadPlan, nearest_names
-from anycard.plans.matching import Match, Only, Rename, find, infos, selected
-from anycard.tensors import DTYPES, TensorInfo
+from anycard.plans.matching import Match, Only, Rename, canonical_metadata, find, infos, selected
+from anycard.tensors import DTYPES, TensorInfo, row_major
 from anycard.torch.dtypes import FROM_TORCH, TO_TORCH
 from anycard.torch.modules import (
     Target,
-    canonical_name,
     canonical_paths,
+    live_paths,
     refuse_assigned_state_dict,
     targets,
+    translated,
     unwrapped,
     walk,
 )
-from anycard.torch.self_loading import Trace, counts_batches, loads_itself, trace
+from anycard.torch.self_loading import Trace, counts_batches, loads_itself, overrides_entry, trace
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """The arguments of `load` and `plan` that shape a plan."""
 
@@ -41,12 +44,19 @@ class Options:
 
 @dataclass
 class OwnLoader:
-    """A module that loads itself: traced, or to be called with real tensors."""
+    """A module that loads itself: traced, or to be called with real tensors.
+
+    Attributes:
+        name, live: Its canonical path and its path in the module tree.
+        given: Names in the module tree -> the stored tensors that it is given.
+        metadata: Module paths in the tree -> what `_metadata` says of them.
+    """
 
     module: nn.Module
     name: str
     live: str
     given: dict[str, TensorInfo]
+    metadata: dict[str, dict[str, Any]]
     trace: Trace
 
 
@@ -56,19 +66,24 @@ class Work:
 
     Attributes:
         fills: Target -> stored tensor; one target for each distinct tensor of the model.
-        zeros: Counters that old files lack.
-        extras: Module path -> (module, stored extra state).
+        counters: Batch norms' counters that old files lack; they stay, or start at 0.
+        called: Modules that load themselves and have to be called with real tensors.
+        hooked: Modules whose own hooks run after the load.
+        extras: Module, its extra state's name, and the stored extra state.
+        conflicts: Tied names for which the file stores two tensors.
+        wrapper_state: A wrapper's own counter -> its new value.
     """
 
     plan: LoadPlan
     model: nn.Module
     match: Match
     fills: list[tuple[Target, TensorInfo]] = field(default_factory=list)
-    zeros: list[Target] = field(default_factory=list)
-    loaders: list[OwnLoader] = field(default_factory=list)
+    counters: list[Target] = field(default_factory=list)
+    called: list[OwnLoader] = field(default_factory=list)
+    hooked: list[nn.Module] = field(default_factory=list)
     extras: list[tuple[nn.Module, str, object]] = field(default_factory=list)
     conflicts: list[tuple[str, TensorInfo, str, TensorInfo]] = field(default_factory=list)
-    unset: list[str] = field(default_factory=list)
+    wrapper_state: list[tuple[Target, int]] = field(default_factory=list)
 
 
 def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
@@ -79,75 +94,62 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
         CheckpointError: `model.state_dict` was overwritten by an assignment.
     """
     refuse_assigned_state_dict(model)
-    wanted = [t for t in targets(model) if not t.own]
-    shapes = {t.name: _shape(t) for t in wanted}
+    wanted = targets(model)
+    shapes = {t.name: t.shape for t in wanted if not t.own}
     candidates: Sequence[StateDict] = ckpt.state_dicts
     if options.key is not None:
         candidates = [by_key(candidates, options.key, ckpt.path)]
     match = find(candidates, shapes, options.rename, ckpt.path)
     plan = LoadPlan(ckpt.path, type(unwrapped(model)).__name__, match.where, total=len(shapes))
     work = Work(plan, model, match)
-    stored = infos(match) | _second_names(ckpt, match)
-    _Planner(work, wanted, stored, options, ckpt).run()
+    _Planner(work, wanted, options, ckpt).run()
     return work
-
-
-def _shape(target: Target) -> tuple[int, ...]:
-    try:
-        return tuple(target.tensor.shape)
-    except RuntimeError:  # an uninitialised parameter of a lazy module has no shape yet
-        return (-1,)
-
-
-def _second_names(ckpt: Checkpoint, match: Match) -> dict[str, TensorInfo]:
-    """Tied names that a safetensors file keeps in its metadata only."""
-    if ckpt.format != "safetensors" or match.prefix:
-        return {}
-    held = match.source.tensors
-    return {n: held[k] for n, k in ckpt.metadata.items() if isinstance(k, str) and k in held and n not in held}
 
 
 class _Planner:
     """The steps of planning; each fills a part of the work."""
 
-    def __init__(
-        self,
-        work: Work,
-        wanted: list[Target],
-        stored: dict[str, TensorInfo],
-        options: Options,
-        ckpt: Checkpoint,
-    ) -> None:
+    def __init__(self, work: Work, wanted: list[Target], options: Options, ckpt: Checkpoint) -> None:
         self.work = work
         self.plan = work.plan
-        self.wanted = {t.name: t for t in wanted}
-        self.stored = stored
         self.options = options
         self.ckpt = ckpt
+        self.wanted = {t.name: t for t in wanted if not t.own}
+        self.own_state = [t for t in wanted if t.own]
+        self.stored = infos(work.match)
         self.chosen = set(self.wanted)
         if options.only is not None:
             self.chosen = selected(self.wanted, options.only)
-        self.versions = {**match_versions(work.match), **_marked_versions(ckpt)}
+        self.live = live_paths(work.model)
         self.missing: list[str] = []
         self.used: set[str] = set()
 
+    @cached_property
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        """Canonical module path -> what the file says of that module.
+
+        A whole model's classes keep their version in code, so it is today's; and our safetensors files
+        leave out what is version 1.
+        """
+        found = canonical_metadata(self.work.match, self.ckpt.mark)
+        if self.work.match.source.canonical is not None:
+            return {path: {"version": module._version} for _, path, module in walk(self.work.model)}
+        if "metadata" in self.ckpt.mark:
+            return {**{path: {"version": 1} for _, path, _ in walk(self.work.model)}, **found}
+        return found
+
     def run(self) -> None:
-        self._own_loaders()
-        handled = self._handled()
+        handled = self._own_loaders()
         for name, target in self.wanted.items():
             if name in self.chosen and name not in handled:
-                self._plain(name, target)
+                self._by_name(name, target)
         self._wrapper_state()
         self._extra_state()
         self._ties()
         self._leftovers()
         self._describe()
 
-    def _handled(self) -> set[str]:
-        prefixes = [loader.name for loader in self.work.loaders]
-        return {n for n in self.wanted for p in prefixes if not p or n == p or n.startswith(p + ".")}
-
-    def _plain(self, name: str, target: Target) -> None:
+    def _by_name(self, name: str, target: Target) -> None:
         info = self.stored.get(name)
         if info is None:
             self._absent(name, target)
@@ -156,11 +158,10 @@ class _Planner:
         self._pair(target, info)
 
     def _pair(self, target: Target, info: TensorInfo) -> None:
-        own = _shape(target)
-        if info.shape != own and not (own == () and info.shape == (1,)):
-            self.plan.shapes[target.name] = (info.shape, own)
+        if info.shape != target.shape and not (target.shape == () and info.shape == (1,)):
+            self.plan.shapes[target.name] = (info.shape, target.shape)
             return
-        have = FROM_TORCH[self.final_dtype(target, info)]
+        have = FROM_TORCH[final_dtype(target.tensor.dtype, info, self.options.dtype)]
         if info.dtype != have:
             self.plan.casts[target.name] = (info.dtype, have)
             if _loses_kind(info.dtype, have):
@@ -169,62 +170,102 @@ class _Planner:
         self.work.fills.append((target, info))
         self.plan.nbytes += info.nbytes
 
-    def final_dtype(self, target: Target, info: TensorInfo) -> torch.dtype:
-        """The dtype that the target will have."""
-        own = target.tensor.dtype
-        return final_dtype(own, info, self.options.dtype)
-
     def _absent(self, name: str, target: Target) -> None:
-        version = self.versions.get(name.rpartition(".")[0])
+        version = self.metadata.get(name.rpartition(".")[0], {}).get("version")
         counter = target.attribute == "num_batches_tracked" and counts_batches(target.module)
-        if counter and (version is None or version < 2):
-            self.work.zeros.append(target)
-            return
-        self.missing.append(name)
-
-    def _own_loaders(self) -> None:
-        live_of = {canonical: live for live, canonical, _ in walk(self.work.model)}
-        tops: list[str] = []
-        for live, canonical, module in walk(self.work.model):
-            if any(not top or canonical == top or canonical.startswith(top + ".") for top in tops):
-                continue
-            if loads_itself(module):
-                tops.append(canonical)
-                self._trace(module, canonical, live, live_of)
-
-    def _trace(self, module: nn.Module, name: str, live: str, live_of: Mapping[str, str]) -> None:
-        prefix = name + "." if name else ""
-        mine = {n: i for n, i in self.stored.items() if n.startswith(prefix)}
-        given = {_live_name(n, live_of): i for n, i in mine.items()}
-        back = {_live_name(n, live_of): n for n in mine}
-        versions = {_live_path(p, live_of): v for p, v in self.versions.items()}
-        traced = trace(module, live + "." if live else "", given, versions)
-        loader = OwnLoader(module, name, live, given, traced)
-        self.work.loaders.append(loader)
-        if traced.computed:
-            self.used |= set(mine)
-            self.plan.called = (*self.plan.called, name or type(module).__name__)
-            self.plan.nbytes += sum(i.nbytes for i in mine.values())
+        whole = self.work.match.source.canonical is not None
+        if counter and (whole or not isinstance(version, int) or version < 2):
+            self.work.counters.append(target)
         else:
-            self._from_trace(loader, prefix, back)
+            self.missing.append(name)
 
-    def _from_trace(self, loader: OwnLoader, prefix: str, back: Mapping[str, str]) -> None:
+    def _own_loaders(self) -> set[str]:
+        """Ask the modules that load themselves; gives the names that they answer for."""
+        handled: set[str] = set()
+        top: str | None = None
+        root = unwrapped(self.work.model)
+        for live, canonical, module in walk(self.work.model):
+            if top is not None and (not top or canonical == top or canonical.startswith(top + ".")):
+                continue  # the walk goes down before it goes on, so all below a module follows it at once
+            entry = module is root and overrides_entry(module)
+            if not (entry or loads_itself(module)):
+                continue
+            top = canonical
+            prefix = canonical + "." if canonical else ""
+            mine = {prefix + t.name for t in targets(module) if not t.own}
+            if mine & self.chosen or self.options.only is None:
+                self._ask(module, canonical, live, entry)
+            handled |= mine
+        return handled
+
+    def _ask(self, module: nn.Module, name: str, live: str, entry: bool) -> None:
+        prefix = name + "." if name else ""
+        back = {translated(n, self.live): n for n in self.stored if n.startswith(prefix)}
+        given = {live_name: self.stored[n] for live_name, n in back.items()}
+        metadata = {self.live.get(path, path): held for path, held in self.metadata.items()}
+        if entry:
+            found = Trace(computed=True)  # its entry is its own: nothing short of a call says what it does
+        else:
+            found = trace(module, live + "." if live else "", given, metadata)
+        loader = OwnLoader(module, name, live, given, metadata, found)
+        copies = {} if found.computed else self._copies(loader, back)
+        self.work.hooked += module.modules()
+        how = "was asked what goes where"
+        if copies is None or found.computed:
+            how = "is called with real tensors"
+            self._to_be_called(loader, back)
+        else:
+            self._from_trace(loader, prefix, back, copies)
+        self.plan.notes.append(f"{name or type(module).__name__} loads itself and {how}")
+
+    def _copies(self, loader: OwnLoader, back: Mapping[str, str]) -> dict[str, tuple[str, TensorInfo]] | None:
+        """Canonical name -> stored name and tensor, reshaped as the module did; None where that takes a call."""
         paths = canonical_paths(self.work.model)
-        traced = loader.trace
-        copies = {canonical_name(t, paths): back[s] for t, s in traced.copies.items()}
-        unexpected = {back.get(n, n) for n in traced.unexpected}
-        absent = {canonical_name(n, paths) for n in traced.missing}
+        copies = {}
+        for target, source in loader.trace.copies.items():
+            name = translated(target, paths)
+            info = loader.given[source]
+            own = self.wanted[name].shape if name in self.wanted else info.shape
+            if info.shape != own and own != ():
+                if not info.contiguous:
+                    return None
+                info = info.replace(shape=own, stride=row_major(own))
+            copies[name] = (back[source], info)
+        return copies
+
+    def _to_be_called(self, loader: OwnLoader, back: Mapping[str, str]) -> None:
+        found = loader.trace
+        self.work.called.append(loader)
+        self.plan.called = (*self.plan.called, loader.name or type(loader.module).__name__)
+        unexpected = {back[n] for n in found.unexpected if n in back} if found.reported else set()
+        self.used |= {n for n in back.values() if n not in unexpected}
+        self.plan.nbytes += sum(info.nbytes for info in loader.given.values())
+        if found.reported:
+            paths = canonical_paths(self.work.model)
+            self.missing += [translated(n, paths) for n in found.missing if not n.endswith("_extra_state")]
+
+    def _from_trace(
+        self,
+        loader: OwnLoader,
+        prefix: str,
+        back: Mapping[str, str],
+        copies: Mapping[str, tuple[str, TensorInfo]],
+    ) -> None:
+        paths = canonical_paths(self.work.model)
+        unexpected = {back.get(n, n) for n in loader.trace.unexpected}
+        absent = {translated(n, paths) for n in loader.trace.missing}
         for name, target in self.wanted.items():
             if not name.startswith(prefix) or name not in self.chosen:
                 continue
             if name in copies:
-                self.used.add(copies[name])
-                self._pair(target, self.stored[copies[name]])
-                if copies[name] != name:
-                    self.plan.renamed[self._stored_name(copies[name])] = name
+                source, info = copies[name]
+                self.used.add(source)
+                self._pair(target, info)
+                if source != name:
+                    self.plan.renamed[self._stored_name(source)] = name
             elif name in self.stored and name not in absent:
-                self._plain(name, target)
-            else:
+                self._by_name(name, target)
+            elif name in absent or not loader.trace.reported:
                 self._absent(name, target)
         self.used |= {n for n in back.values() if n not in unexpected}
 
@@ -233,20 +274,17 @@ class _Planner:
 
     def _wrapper_state(self) -> None:
         """A wrapper's own counters, where the file has them; `n_averaged` without one becomes 1."""
-        held = self.ckpt.mark.get("wrappers", {})
-        for target in targets(self.work.model):
-            if not target.own:
-                continue
-            stored = next(
-                (i for n, i in self.work.match.source.tensors.items() if n.rpartition(".")[2] == target.attribute),
-                None,
-            )
-            if stored is not None:
-                self.work.fills.append((target, stored))
-            elif isinstance(held, dict) and isinstance(held.get(target.attribute), int):
-                self.work.unset.append(f"{target.attribute}={held[target.attribute]}")
+        marked = self.ckpt.mark.get("wrappers", {})
+        for target in self.own_state:
+            stored = self.work.match.source.tensors.items()
+            info = next((i for n, i in stored if n.rpartition(".")[2] == target.attribute), None)
+            value = marked.get(target.attribute) if isinstance(marked, dict) else None
+            if info is not None:
+                self.work.fills.append((target, info))
+            elif isinstance(value, int):
+                self.work.wrapper_state.append((target, value))
             else:
-                self.work.unset.append(f"{target.attribute}=1")
+                self.work.wrapper_state.append((target, 1))
                 self.plan.notes.append(
                     f"{target.attribute} is not in the file: set to 1, so that the next average keeps these weights"
                 )
@@ -263,7 +301,7 @@ class _Planner:
                 self.work.extras.append((module, name, self.stored[name]))
             elif stored is not None:
                 self.work.extras.append((module, name, extras[stored]))
-            elif not (self.options.only is not None):
+            elif self.options.only is None:
                 self.missing.append(name)
 
     def _ties(self) -> None:
@@ -274,7 +312,7 @@ class _Planner:
         for group in groups.values():
             first, kept = group[0]
             for other, info in group[1:]:
-                if not info.same_bytes(kept):
+                if info.place != kept.place:
                     self.work.conflicts.append((first.name, kept, other.name, info))
                     self.plan.conflicts = (*self.plan.conflicts, (first.name, other.name))
         self.plan.pairs = {t.name: self._stored_name(t.name) for t, _ in self.work.fills}
@@ -282,77 +320,58 @@ class _Planner:
         self.work.fills = [group[0] for group in groups.values()]
 
     def _leftovers(self) -> None:
-        dropped: list[str] = []
-        hidden = {f"{c}.{b}" if c else b for _, c, m in walk(self.work.model) for b in m._non_persistent_buffers_set}
-        for name in self.stored:
-            if name in self.used or name in self.wanted or name.endswith("_extra_state"):
-                continue
-            (dropped if name in hidden else self.missing_list).append(name)
+        hidden = _not_stored(self.work.model)
+        left = [n for n in self.stored if not (n in self.used or n in self.wanted or n.endswith("_extra_state"))]
+        dropped = [n for n in left if n in hidden]
         if dropped:
             self.plan.notes.append(f"dropped, since the model no longer stores them: {', '.join(dropped)}")
         if self.options.only is None:
-            outside = list(self.work.match.outside) if not self._lightning() else []
-            self.plan.unexpected = (*self.missing_list, *outside)
-        self.plan.missing = tuple(self.missing)
-
-    @property
-    def missing_list(self) -> list[str]:
-        """Stored names that nothing of the model wants."""
-        return self.__dict__.setdefault("_unexpected", [])  # type: ignore[no-any-return]
+            outside = [] if self._lightning() else self.work.match.outside
+            self.plan.unexpected = (*(n for n in left if n not in hidden), *outside)
+        self.plan.missing = tuple(dict.fromkeys(self.missing))
+        called = {id(m) for loader in self.work.called for m in loader.module.modules()}
+        filled = {id(target.tensor) for target, _ in self.work.fills}
+        counters = {id(target.tensor) for target in self.work.counters}
+        bare = [held for held in _on_meta(self.work.model) if id(held[2]) not in called]
+        self.plan.unfillable = tuple(name for name, tensor, _ in bare if id(tensor) not in filled | counters)
 
     def _lightning(self) -> bool:
+        """What a Lightning module holds beside the model (metrics, losses) is no reason to refuse."""
         tree = self.ckpt.tree
-        beside = self.work.match.outside
-        if isinstance(tree, dict) and "pytorch-lightning_version" in tree and not self.missing:
-            if beside:
-                self.plan.notes.append(f"beside the model in the Lightning module: {', '.join(beside[:20])}")
-            return True
-        return False
+        if not isinstance(tree, dict) or "pytorch-lightning_version" not in tree or self.missing:
+            return False
+        if self.work.match.outside:
+            beside = ", ".join(self.work.match.outside[:20])
+            self.plan.notes.append(f"beside the model in the Lightning module: {beside}")
+        return True
 
     def _describe(self) -> None:
         plan = self.plan
         for name, stored in plan.pairs.items():
             if stored != name and stored not in plan.renamed:
                 plan.renamed[stored] = name
-        if self.work.zeros:
-            names = ", ".join(t.name for t in self.work.zeros[:3])
-            plan.notes.append(f"{len(self.work.zeros)} counters that old files lack start as they are or at 0: {names}")
-        for loader in self.work.loaders:
-            how = "is called with real tensors" if loader.trace.computed else "was asked what goes where"
-            plan.notes.append(f"{loader.name or type(loader.module).__name__} loads itself and {how}")
+        if self.work.counters:
+            names = ", ".join(t.name for t in self.work.counters[:3])
+            plan.notes.append(f"{len(self.work.counters)} counters that old files lack stay, or start at 0: {names}")
         spare = {n: self.stored[n] for n in plan.unexpected if n in self.stored}
-        own = {n: _shape(t) for n, t in self.wanted.items()}
+        own = {n: t.shape for n, t in self.wanted.items()}
         plan.nearest = nearest_names(tuple(n for n in plan.missing if n in own), own, spare)
 
 
-def match_versions(match: Match) -> dict[str, int]:
-    """Module versions under canonical paths."""
-    from anycard.names.wrappers import outer_prefix, without_segments
-
-    held = {without_segments(path): version for path, version in match.source.versions.items()}
-    start = outer_prefix(without_segments(n) for n in match.source.tensors) + (
-        match.prefix + "." if match.prefix else ""
-    )
-    return {path.removeprefix(start) if start else path: version for path, version in held.items()}
+def _not_stored(model: nn.Module) -> set[str]:
+    """Canonical names of the non-persistent buffers."""
+    walked = walk(model)
+    return {f"{path}.{name}" if path else name for _, path, m in walked for name in m._non_persistent_buffers_set}
 
 
-def _marked_versions(ckpt: Checkpoint) -> dict[str, int]:
-    held = ckpt.mark.get("versions", {})
-    return {str(k): v for k, v in held.items() if isinstance(v, int)} if isinstance(held, dict) else {}
-
-
-def _live_path(path: str, live_of: Mapping[str, str]) -> str:
-    return live_of.get(path, path)
-
-
-def _live_name(name: str, live_of: Mapping[str, str]) -> str:
-    head = name
-    while head:
-        head = head.rpartition(".")[0]
-        if head in live_of:
-            rest = name[len(head) + 1 :] if head else name
-            return f"{live_of[head]}.{rest}" if live_of[head] else rest
-    return name
+def _on_meta(model: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
+    """Every parameter and buffer that has no memory yet, with its module."""
+    found = []
+    for _, path, module in walk(model):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_meta:
+                found.append((f"{path}.{name}" if path else name, tensor, module))
+    return found
 
 
 def final_dtype(own: torch.dtype, info: TensorInfo, asked: torch.dtype | str | None) -> torch.dtype:

@@ -3,98 +3,143 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from zlib_ng import zlib_ng
 
-from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
+from anycard.checkpoint import Checkpoint, open_checkpoint, plain, tensor_bytes
+from anycard.disk.transfer import ReadJob, run_reads
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT, Limits
 from anycard.names.choosing import canonical_names
-from anycard.tensors import DTYPES, Storage, TensorInfo, is_dense
+from anycard.pickles.stubs import Inert
+from anycard.progress import Progress, counting
+from anycard.tensors import DTYPES, TensorInfo, is_dense
 from anycard.torch.dtypes import FROM_TORCH, TO_TORCH, byte_view
 from anycard.warning import warn
 
 
-def read_tensor(info: TensorInfo, *, limits: Limits = DEFAULT) -> torch.Tensor:
-    """One stored tensor as a new CPU tensor: same dtype, shape, values; dense strides are kept.
+class Fill(NamedTuple):
+    """A tensor of a model, the stored tensor that goes into it, and what errors call it."""
+
+    tensor: torch.Tensor
+    info: TensorInfo
+    name: str
+
+
+def fill_tensors(
+    fills: Sequence[Fill], done: Callable[[int], None] | None = None, *, check: bool = True, limits: Limits = DEFAULT
+) -> None:
+    """Write stored tensors into existing ones: straight where the bytes are the same, else by a copy, one at a time.
+
+    Args:
+        check: Compare CRCs while the bytes are warm, where a tensor is all of its storage.
 
     Raises:
-        FormatError: Its bytes are not there, damaged, or it is no plain tensor.
+        FormatError: Cut short or damaged; names the tensor. What was filled before stays filled.
     """
-    dtype = TO_TORCH.get(info.dtype)
-    if dtype is None or info.kind != "dense":
-        raise FormatError(f"a {info.kind} tensor of {info.dtype} cannot be given as a plain tensor")
-    if _direct(info):
-        tensor = torch.empty_strided(info.shape, info.stride, dtype=dtype)
-        fill_bytes(byte_view(tensor) if tensor.numel() else memoryview(b""), info)
-        return tensor
-    data = tensor_bytes(info, limits)
-    if not len(data):
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(info.shape)
+    direct: dict[int, list[Fill]] = {}
+    staged = []
+    for fill in fills:
+        if _goes_straight(fill.tensor, fill.info):
+            direct.setdefault(id(fill.info.storage.source), []).append(fill)
+        else:
+            staged.append(fill)
+    for group in direct.values():
+        _fill_directly(group, done, check, limits)
+    with torch.no_grad():
+        for tensor, info, name in staged:
+            tensor.detach().copy_(read_tensor(info, name, limits=limits).reshape(tensor.shape))
+            if done is not None:
+                done(info.nbytes)
 
 
-def _direct(info: TensorInfo) -> bool:
-    """The stored bytes are the tensor's memory as it will be."""
+def _fill_directly(group: Sequence[Fill], done: Callable[[int], None] | None, check: bool, limits: Limits) -> None:
+    source = group[0].info.storage.source
+    assert source is not None
+    jobs = [_job(fill, check) for fill in group if fill.info.nbytes]
+    try:
+        run_reads(source, jobs, done, limits=limits)
+    finally:  # writing by address is nothing that autograd sees
+        torch.autograd.graph.increment_version([fill.tensor for fill in group if not fill.tensor.is_inference()])
+
+
+def _job(fill: Fill, check: bool) -> ReadJob:
+    tensor, info, name = fill
+    storage = info.storage
+    assert storage.offset is not None
+    whole = check and info.start == 0 and info.nbytes == storage.nbytes
+    return ReadJob(storage.offset + info.start, byte_view(tensor), name, storage.crc if whole else None)
+
+
+def _goes_straight(tensor: torch.Tensor, info: TensorInfo) -> bool:
+    """The tensor's memory is to hold the very bytes that are stored."""
+    return (
+        FROM_TORCH.get(tensor.dtype) == info.dtype
+        and tuple(tensor.shape) == info.shape
+        and tensor.is_cpu
+        and type(tensor.data) is torch.Tensor
+        and _plain_bytes(info)
+        and not (tensor.is_conj() or tensor.is_neg())
+        and is_dense(info.shape, info.stride)
+        and _same_order(tuple(tensor.stride()), info)
+    )
+
+
+def _same_order(stride: tuple[int, ...], info: TensorInfo) -> bool:
+    return all(a == b for a, b, size in zip(stride, info.stride, info.shape, strict=True) if size > 1)
+
+
+def _plain_bytes(info: TensorInfo) -> bool:
+    """The stored bytes lie in the file as they lie in memory."""
     storage = info.storage
     return (
         storage.offset is not None
         and not storage.missing
         and not (info.conj or info.neg)
         and not (storage.big_endian and DTYPES[info.dtype].itemsize > 1)
-        and is_dense(info.shape, info.stride)
     )
 
 
-def fill_bytes(view: memoryview, info: TensorInfo, *, check: bool = True, limits: Limits = DEFAULT) -> None:
-    """Read a dense tensor's bytes into memory; the CRC is checked while the bytes are warm.
+def read_tensor(info: TensorInfo, name: str = "", *, limits: Limits = DEFAULT) -> torch.Tensor:
+    """One stored tensor as a new CPU tensor: same dtype, shape, values; dense strides are kept.
 
     Raises:
-        FormatError: Cut short, or the CRC of the whole storage does not match.
+        FormatError: Its bytes are not there, damaged, or it is no plain tensor.
     """
-    source, offset = info.storage.source, info.offset
-    assert source is not None and offset is not None
-    crc = 0
-    whole = check and info.storage.crc is not None and info.start == 0 and len(view) == info.storage.nbytes
-    for start in range(0, len(view), limits.chunk_nbytes):
-        part = view[start : start + limits.chunk_nbytes]
-        source.read_into(offset + start, part)
-        if whole:
-            crc = zlib_ng.crc32(part, crc)
-    if whole and crc != info.storage.crc:
-        raise damaged(info.storage)
+    tensor = empty_for(info)
+    if tensor is not None:
+        _fill_directly([Fill(tensor, info, name or f"storage {info.storage.key}")], None, True, limits)
+        return tensor
+    dtype = TO_TORCH[info.dtype]
+    try:
+        data = tensor_bytes(info, limits)
+    except FormatError as error:
+        raise _named(error, name) from None
+    if not len(data):
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(info.shape)
 
 
-def damaged(storage: Storage) -> FormatError:
-    """The error for a storage whose CRC does not match."""
-    return FormatError(
-        f"storage {storage.key} is damaged: its CRC-32 does not match. Copy or download the file again.",
-        offset=storage.offset,
-    )
+def _named(error: FormatError, name: str) -> FormatError:
+    message = f"{name}: {error.args[0]}" if name else str(error.args[0])
+    return FormatError(message, path=error.path, name=name or error.name, offset=error.offset)
 
 
-def copy_into(target: torch.Tensor, info: TensorInfo, *, check: bool = True, limits: Limits = DEFAULT) -> None:
-    """Write a stored tensor into an existing one: straight where the bytes are the same, else by a copy."""
-    same = FROM_TORCH.get(target.dtype) == info.dtype and tuple(target.shape) == info.shape
-    if same and target.is_cpu and _direct(info) and _same_memory(target, info) and type(target.data) is torch.Tensor:
-        if target.numel():
-            fill_bytes(byte_view(target.detach()), info, check=check, limits=limits)
-        torch.autograd.graph.increment_version(target)
-        return
-    with torch.no_grad():
-        value = read_tensor(info, limits=limits)
-        target.detach().copy_(value.reshape(target.shape))
-        torch.autograd.graph.increment_version(target)
+def empty_for(info: TensorInfo) -> torch.Tensor | None:
+    """New memory that the stored bytes can go straight into; None where they cannot.
 
-
-def _same_memory(target: torch.Tensor, info: TensorInfo) -> bool:
-    stride = tuple(target.stride())
-    if not is_dense(info.shape, stride) or target.is_conj() or target.is_neg():
-        return False
-    return all(a == b for a, b, size in zip(stride, info.stride, info.shape, strict=True) if size > 1)
+    Raises:
+        FormatError: It is no plain tensor.
+    """
+    dtype = TO_TORCH.get(info.dtype)
+    if dtype is None or info.kind != "dense":
+        raise FormatError(f"a {info.kind} tensor of {info.dtype} cannot be given as a plain tensor")
+    if _plain_bytes(info) and is_dense(info.shape, info.stride):
+        return torch.empty_strided(info.shape, info.stride, dtype=dtype)
+    return None
 
 
 def read(
@@ -103,20 +148,22 @@ def read(
     key: str | None = None,
     member: str | None = None,
     canonical: bool = True,
-    progress: Any = None,
+    progress: Progress = None,
 ) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint of any format: canonical name -> new CPU tensor.
 
     Args:
         path: A path or an open binary file.
         key: Which state dict, where the file holds several.
+        member: Which file, where this one holds checkpoints inside.
         canonical: False gives the names as stored.
+        progress: True for a bar on stderr, or a function of (done, total) bytes.
 
     Raises:
         FormatError: Damaged, or no checkpoint.
         ChoiceError: The file holds several state dicts (listed) and no `key` was given.
     """
-    with open_checkpoint(path) as ckpt:
+    with open_checkpoint(path, member=member) as ckpt:
         tensors = ckpt.weights(key, canonical=canonical)
         if canonical:
             _say_what_went(ckpt, key)
@@ -136,28 +183,46 @@ def _say_what_went(ckpt: Checkpoint, key: str | None) -> None:
              "(canonical=False keeps it)")  # fmt: skip
 
 
-def read_all(tensors: Mapping[str, TensorInfo], path: str, progress: Any = None) -> dict[str, torch.Tensor]:
+def read_all(tensors: Mapping[str, TensorInfo], path: str, progress: Progress = None) -> dict[str, torch.Tensor]:
     """New tensors for all; tied ones are read once and share memory."""
-    from anycard.progress import counting
-
-    made: list[tuple[TensorInfo, torch.Tensor]] = []
-    by_place: dict[tuple[int, int], list[int]] = {}
+    made: dict[object, torch.Tensor] = {}
+    fills = []
     result = {}
-    with counting(progress, sum(info.nbytes for info in tensors.values())) as done:
+    with counting(progress, sum(info.nbytes for info in tensors.values())) as done, naming(path):
         for name, info in tensors.items():
-            place = (id(info.storage), info.start)
-            known = next((made[i][1] for i in by_place.get(place, ()) if made[i][0].same_bytes(info)), None)
-            if known is None:
-                known = _named(info, name, path)
-                by_place.setdefault(place, []).append(len(made))
-                made.append((info, known))
-            result[name] = known
-            done(info.nbytes)
+            if info.place not in made:
+                tensor = empty_for(info)
+                if tensor is None:
+                    tensor = read_tensor(info, name)
+                    done(info.nbytes)
+                else:
+                    fills.append(Fill(tensor, info, name))
+                made[info.place] = tensor
+            else:
+                done(info.nbytes)
+            result[name] = made[info.place]
+        fill_tensors(fills, done)
     return result
 
 
-def _named(info: TensorInfo, name: str, path: str) -> torch.Tensor:
+def materialise(value: Any) -> Any:
+    """Plain data with tensors read; stubs become dicts that name their class."""
+    if isinstance(value, TensorInfo):
+        return read_tensor(value)
+    if isinstance(value, Mapping):
+        return {k: materialise(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [materialise(v) for v in value]
+    if isinstance(value, tuple):
+        return tuple(materialise(v) for v in value)
+    return plain(value) if isinstance(value, (Inert, type)) else value
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Give errors from below the file's name."""
     try:
-        return read_tensor(info)
+        yield
     except FormatError as error:
-        raise FormatError(f"{name}: {error.args[0]}", path=path, name=name, offset=error.offset) from None
+        error.path = error.path or path
+        raise

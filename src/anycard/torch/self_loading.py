@@ -17,15 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 from torch.overrides import TorchFunctionMode
 
 from anycard.tensors import TensorInfo
 from anycard.torch.dtypes import TO_TORCH
 from anycard.torch.modules import live_wrapper
+from anycard.torch.overrides import METADATA, short_name
 
 # Overrides that we have read: batch norms' counter may be missing below version 2.
 KNOWN = frozenset({nn.Module._load_from_state_dict, _NormBase._load_from_state_dict})
+# What gives the same elements again, in the same order; and the same in another shape.
+_SAME = frozenset(("detach", "clone", "contiguous", "cpu", "to", "data", "requires_grad_", "type", "float", "half"))
+_RESHAPED = frozenset(("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"))
 
 
 def counts_batches(module: nn.Module) -> bool:
@@ -33,19 +38,24 @@ def counts_batches(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.track_running_stats
 
 
+def overrides_entry(module: nn.Module) -> bool:
+    """Its class has a `load_state_dict` of its own, which plain PyTorch calls on the outermost module only."""
+    return type(module).load_state_dict is not nn.Module.load_state_dict and live_wrapper(module) is None
+
+
 def loads_itself(module: nn.Module) -> bool:
     """The module does more on load than copy tensors by name."""
     kind = type(module)
     if live_wrapper(module) is not None:
         return False
-    if kind._load_from_state_dict not in KNOWN or kind.load_state_dict is not nn.Module.load_state_dict:
+    if kind._load_from_state_dict not in KNOWN:
         return True
     if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
         return True
     if kind.set_extra_state is not nn.Module.set_extra_state:
         return True
     held = (*module._parameters.values(), *module._buffers.values())
-    return any(is_lazy(t) for t in held if t is not None)
+    return any(t is not None and type(t) not in (torch.Tensor, nn.Parameter) for t in held)
 
 
 @dataclass
@@ -53,96 +63,117 @@ class Trace:
     """What a module did with the placeholders.
 
     Attributes:
-        copies: Name in the model -> name given, of tensors that went over unchanged.
+        copies: Name in the model -> name given, of tensors whose elements went over unchanged.
         missing, unexpected: As the module itself reports.
         computed: It computed something, or could not be traced: it has to be called for real.
+        reported: It went through to its end, so `missing` and `unexpected` can be relied on.
     """
 
     copies: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     computed: bool = False
+    reported: bool = False
 
 
 class _Watch(TorchFunctionMode):
     """Follows placeholders to the shadows that they are copied into."""
 
-    def __init__(self, given: dict[int, str], shadows: dict[int, str]) -> None:
+    def __init__(self, given: Mapping[str, torch.Tensor], shadows: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.given = given
-        self.shadows = shadows
+        self.given = {id(tensor): name for name, tensor in given.items()}
+        self.shadows = {id(tensor): name for name, tensor in shadows.items()}
         self.trace = Trace()
-        self.keep: list[Any] = []
+        self.keep: list[Any] = [*given.values()]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
+        name = short_name(func)
         result = func(*args, **(kwargs or {}))
-        if name == "copy_" and id(args[0]) in self.shadows:
-            source = self.given.get(id(args[1]))
-            if source is None:
-                self.trace.computed = True
-            else:
-                self.trace.copies[self.shadows[id(args[0])]] = source
-        elif args and isinstance(args[0], torch.Tensor) and id(args[0]) in self.given:
+        if name == "copy_" and id(args[0]) in self.shadows and isinstance(args[1], torch.Tensor):
+            self._copied(args[0], args[1])
+        elif args and id(args[0]) in self.given:
             self._follow(name, args[0], result)
+        elif name not in METADATA and any(id(value) in self.shadows for value in (*args, *(kwargs or {}).values())):
+            self.trace.computed = True  # a shadow was used for more than a look at its shape
         return result
 
+    def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        stored = self.given.get(id(source))
+        if stored is None or target.shape != source.shape:
+            self.trace.computed = True
+        else:
+            self.trace.copies[self.shadows[id(target)]] = stored
+
     def _follow(self, name: str, source: torch.Tensor, result: Any) -> None:
-        same = name in ("detach", "clone", "contiguous", "to", "cpu", "__get__", "view", "reshape", "__getitem__")
-        if same and isinstance(result, torch.Tensor) and result.numel() == source.numel():
+        """The result stands for the same stored tensor, where it has the same elements in the same order."""
+        if not isinstance(result, torch.Tensor) or result.dtype != source.dtype:
+            return
+        same = name in _SAME and result.shape == source.shape
+        reshaped = name in _RESHAPED or (name == "__getitem__" and source.numel() == 1)
+        if same or (reshaped and source.numel() == result.numel()):
             self.given[id(result)] = self.given[id(source)]
             self.keep.append(result)
 
 
-def trace(module: nn.Module, prefix: str, given: Mapping[str, TensorInfo], versions: Mapping[str, int]) -> Trace:
+def trace(
+    module: nn.Module, prefix: str, given: Mapping[str, TensorInfo], metadata: Mapping[str, dict[str, Any]]
+) -> Trace:
     """Run the module's own loading on placeholders.
 
     Args:
         module: The topmost self-loading module; all below it is traced too.
         prefix: Its name in the given names ("" or ending in a dot).
         given: Names (with the prefix) -> stored tensors.
+        metadata: Module paths in the given names -> what `_metadata` says of them (`{"version": 2}`).
     """
     state: OrderedDict[str, Any] = OrderedDict()
     for name, info in given.items():
         state[name] = torch.empty(info.shape, dtype=TO_TORCH[info.dtype], device="meta")
-    metadata = {path: {"version": version} for path, version in versions.items()}
     with _shadows(module, prefix) as shadows, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        watch = _Watch({id(t): name for name, t in state.items()}, {id(t): n for n, t in shadows.items()})
-        watch.keep.extend(state.values())
+        watch = _Watch(state, shadows)
+        found = watch.trace
         try:
             with watch:
-                run_own_loading(module, prefix, state, metadata, watch.trace.missing, watch.trace.unexpected)
+                run_own_loading(module, prefix, state, metadata, found.missing, found.unexpected)
+            found.reported = True
         except Exception:  # noqa: BLE001 - whatever a model's own code raises on meta tensors
-            watch.trace.computed = True
+            found.computed = True
         if {n: id(t) for n, t in _held(module, prefix)} != {n: id(t) for n, t in shadows.items()}:
-            watch.trace.computed = True
-    return watch.trace
+            found.computed = True
+    return found
 
 
 def run_own_loading(
     module: nn.Module,
     prefix: str,
-    state: OrderedDict[str, Any],
+    state: Mapping[str, Any],
     metadata: Mapping[str, dict[str, Any]],
     missing: list[str],
     unexpected: list[str],
 ) -> list[str]:
-    """What `load_state_dict` does below its entry, without its post-hooks; gives the error messages."""
+    """What `load_state_dict` does below its entry; gives the error messages.
+
+    Post-hooks belong to the end of a load. Here they run where something is missing or unexpected, because
+    they may say that this is as it should be.
+    """
     errors: list[str] = []
-    state = OrderedDict(state)
-    state._metadata = metadata  # type: ignore[attr-defined]
 
     def visit(at: nn.Module, local: OrderedDict[str, Any], path: str) -> None:
-        at._load_from_state_dict(local, path, metadata.get(path[:-1], {}), True, missing, unexpected, errors)
+        local._metadata = metadata  # type: ignore[attr-defined]
+        own = dict(metadata.get(path[:-1], {}))
+        at._load_from_state_dict(local, path, own, True, missing, unexpected, errors)
         for name, child in at._modules.items():
             if child is not None:
                 below = path + name + "."
                 visit(child, OrderedDict((k, v) for k, v in local.items() if k.startswith(below)), below)
+        if missing or unexpected:
+            for hook in at._load_state_dict_post_hooks.values():
+                hook(at, _IncompatibleKeys(missing, unexpected))
 
-    visit(module, state, prefix)
+    visit(module, OrderedDict(state), prefix)
     return errors
 
 
@@ -164,9 +195,11 @@ def _shadows(module: nn.Module, prefix: str) -> Iterator[dict[str, torch.Tensor]
             kept.append((inner, dict(inner._parameters), dict(inner._buffers)))
             for held in (inner._parameters, inner._buffers):
                 for name, tensor in list(held.items()):
-                    if tensor is None or is_lazy(tensor):
+                    if tensor is None:
                         continue
-                    held[name] = made.setdefault(id(tensor), _shadow(tensor))
+                    if id(tensor) not in made:
+                        made[id(tensor)] = _shadow(tensor)
+                    held[name] = made[id(tensor)]
                     names[f"{path}.{name}" if path else name] = held[name]
         yield names
     finally:
@@ -178,5 +211,8 @@ def _shadows(module: nn.Module, prefix: str) -> Iterator[dict[str, torch.Tensor]
 
 
 def _shadow(tensor: torch.Tensor) -> torch.Tensor:
+    if is_lazy(tensor):
+        kind: Any = UninitializedParameter if isinstance(tensor, nn.Parameter) else UninitializedBuffer
+        return kind(requires_grad=tensor.requires_grad, device="meta", dtype=tensor.dtype)  # type: ignore[no-any-return]
     meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 
+from anycard.disk.pieces import Piece
 from anycard.errors import CheckpointError
-from anycard.formats.torch_zip_writer import write_torch_zip
-from anycard.limits import DEFAULT
-from anycard.pickles.writer import TorchPickler
+from anycard.pickles.writer import TensorRef, TorchPickler
 from anycard.torch.modules import unwrapped
-from anycard.torch.saving import Storages
+from anycard.torch.storages import SharedStorages, Storages
 from anycard.warning import warn
 
 
@@ -38,13 +37,33 @@ class _ModelPickler(TorchPickler):
         super().save(obj, save_persistent_id)
 
 
-def write_whole(model: nn.Module, file: BinaryIO) -> None:
-    """Write a whole model as a torch zip.
+def pickle_whole(model: nn.Module) -> tuple[bytes, list[Piece], dict[str, Any]]:
+    """The pickle of a whole model, its storages and anycard's own record.
 
     Raises:
         CheckpointError: Something in it cannot be pickled; named by its path of attributes.
     """
-    storages = Storages()
+    storages = SharedStorages()
+    _dumped(model, _Noting(storages))  # which parts of which storages are in use is known only at the end
+    data, devices = _dumped(model, storages)
+    if devices:
+        warn(f"the model keeps {', '.join(sorted(set(devices)))} as an attribute; it stays in the file")
+    return data, storages.pieces, {"anycard": 1, "whole": True}
+
+
+class _Noting(Storages):
+    """The first of two passes: it only tells the other which tensors there are."""
+
+    def __init__(self, storages: SharedStorages) -> None:
+        super().__init__()
+        self._storages = storages
+
+    def ref(self, tensor: torch.Tensor, name: str) -> TensorRef:
+        self._storages.note(tensor)
+        return super().ref(tensor, name)
+
+
+def _dumped(model: nn.Module, storages: Storages) -> tuple[bytes, list[str]]:
     out = io.BytesIO()
     pickler = _ModelPickler(out, storages)
     try:
@@ -52,9 +71,7 @@ def write_whole(model: nn.Module, file: BinaryIO) -> None:
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
         where = _culprit(model)
         raise CheckpointError(f"{where} cannot be pickled: {error}", name=where) from error
-    if pickler.devices:
-        warn(f"the model keeps {', '.join(sorted(set(pickler.devices)))} as an attribute; it stays in the file")
-    write_torch_zip(file, out.getvalue(), storages.pieces, {"anycard": 1, "whole": True}, DEFAULT)
+    return out.getvalue(), pickler.devices
 
 
 def _culprit(model: nn.Module) -> str:

@@ -1,0 +1,78 @@
+"""Load a dict of objects, the mirror of `save`: models, optimizers, schedulers and plain values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from anycard.checkpoint import Checkpoint
+from anycard.errors import CheckpointError, ChoiceError, MismatchError
+from anycard.progress import Progress
+from anycard.torch.checking import check
+from anycard.torch.filling import fill
+from anycard.torch.planning import Options, Work, make_work
+from anycard.torch.reading import materialise
+from anycard.torch.undo import Undo
+
+
+def load_objects(
+    ckpt: Checkpoint, objects: Mapping[str, Any], options: Options, verify: bool, progress: Progress
+) -> dict[str, Any]:
+    """Fill every object; gives them and what else the file holds.
+
+    Raises:
+        ChoiceError: The file holds no dict.
+        MismatchError: It lacks an object, or one does not fit. All objects are as they were.
+    """
+    tree = ckpt.tree
+    if not isinstance(tree, Mapping):
+        raise ChoiceError(f"{ckpt.path} holds no dict of objects, as anycard.save of a dict writes", path=ckpt.path)
+    absent = [name for name in objects if name not in tree]
+    if absent:
+        raise MismatchError(f"{ckpt.path} has no {absent}; it has {sorted(map(str, tree))}", path=ckpt.path)
+    works = [_planned(ckpt, name, target, options) for name, target in objects.items() if _is_module(target)]
+    others = {name: target for name, target in objects.items() if not _is_module(target)}
+    for name, target in others.items():
+        if not callable(getattr(target, "load_state_dict", None)):
+            raise TypeError(f"{name} is a {type(target).__name__}, which has no load_state_dict")
+    data = {str(name): materialise(value) for name, value in tree.items() if not _is_module(objects.get(name))}
+    undo = Undo()
+    try:
+        for work, mine in works:
+            fill(work, mine, verify=verify, undo=undo, progress=progress)
+        _load_others(others, data, undo)
+    except BaseException as error:
+        undo.restore(error)
+        raise
+    return {**data, **objects}
+
+
+def _is_module(value: object) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def _planned(ckpt: Checkpoint, name: str, target: nn.Module, options: Options) -> tuple[Work, Options]:
+    mine = replace(options, key=name)
+    work = make_work(ckpt, target, mine)
+    check(work, mine)
+    return work, mine
+
+
+def _load_others(objects: Mapping[str, Any], data: Mapping[str, Any], undo: Undo) -> None:
+    for name, target in objects.items():
+        if hasattr(target, "state_dict"):
+            _remember(target, undo)
+        try:
+            target.load_state_dict(data[name])
+        except Exception as error:
+            message = f"{name} would not load its state: {error}. Nothing was changed."
+            raise CheckpointError(message, name=name) from error
+
+
+def _remember(target: Any, undo: Undo) -> None:
+    before = copy.deepcopy(target.state_dict())
+    undo.then(lambda: target.load_state_dict(before))

@@ -1,0 +1,82 @@
+"""The content of a dict of objects as what the pickler writes: tensors, plain data, torch's own small types."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from anycard.errors import CheckpointError
+from anycard.pickles.writer import GlobalRef, Reduced
+from anycard.torch.state import state_of
+from anycard.torch.storages import Storages
+
+_DEEPEST = 200  # levels of containers; a dict that holds itself has no end
+
+
+def plain_data(value: Any, storages: Storages, mark: dict[str, Any], name: str = "", depth: int = 0) -> Any:
+    """The value as what the pickler writes.
+
+    Args:
+        mark: Gets what belongs to wrappers.
+        name: The value's path, for errors.
+
+    Raises:
+        CheckpointError: Anything that is no plain data; names it.
+    """
+    if depth > _DEEPEST:
+        raise CheckpointError(f"{name[:200]} is nested deeper than {_DEEPEST} levels: does it hold itself?", name=name)
+    if value is None or type(value) in (bool, int, float, str, bytes, complex):
+        return value
+    if isinstance(value, torch.Tensor):
+        return storages.ref(value, name or "the tensor")
+    if isinstance(value, nn.Module):
+        state, wrappers = state_of(value)
+        if wrappers:
+            mark.setdefault("wrappers", {}).update(wrappers)
+        return plain_data(state, storages, mark, name, depth)
+    if isinstance(value, Mapping):
+        return _mapping(value, storages, mark, name, depth)
+    if isinstance(value, (list, tuple, set)) and not isinstance(value, torch.Size):
+        items = [plain_data(v, storages, mark, _below(name, i), depth + 1) for i, v in enumerate(value)]
+        return type(value)(items) if type(value) in (list, tuple, set) else tuple(items)
+    return _small(value, storages, mark, name, depth)
+
+
+def _below(name: str, key: object) -> str:
+    return f"{name}.{key}" if name else str(key)
+
+
+def _mapping(value: Mapping[Any, Any], storages: Storages, mark: dict[str, Any], name: str, depth: int) -> Any:
+    items = ((k, plain_data(v, storages, mark, _below(name, k), depth + 1)) for k, v in value.items())
+    if not isinstance(value, OrderedDict):
+        return dict(items)
+    held: OrderedDict[Any, Any] = OrderedDict(items)
+    metadata = getattr(value, "_metadata", None)
+    if isinstance(metadata, Mapping):
+        held._metadata = OrderedDict((k, dict(v)) for k, v in metadata.items())  # type: ignore[attr-defined]
+    return held
+
+
+def _small(value: Any, storages: Storages, mark: dict[str, Any], name: str, depth: int) -> Any:
+    if isinstance(value, torch.Size):
+        return Reduced(GlobalRef("torch", "Size"), (tuple(value),))
+    if isinstance(value, torch.dtype):
+        return GlobalRef("torch", str(value).removeprefix("torch."))
+    if isinstance(value, torch.device):
+        args = (value.type,) if value.index is None else (value.type, value.index)
+        return Reduced(GlobalRef("torch", "device"), args)
+    if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return value.item()
+    if type(value).__module__ == "numpy" and hasattr(value, "__array__"):
+        return storages.ref(torch.from_numpy(value.copy()), name)
+    if callable(getattr(value, "state_dict", None)):
+        return plain_data(value.state_dict(), storages, mark, name, depth)
+    raise CheckpointError(
+        f"{name or 'the object'} is a {type(value).__module__}.{type(value).__qualname__}: only tensors, plain data "
+        "and objects with state_dict are saved (for a Namespace or dataclass, save vars(it))",
+        name=name,
+    )

@@ -1,0 +1,65 @@
+"""A live model's state dict under canonical names."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from anycard.errors import CheckpointError
+from anycard.torch.modules import canonical_paths, live_wrapper, refuse_assigned_state_dict, translated
+
+
+def state_of(model: nn.Module) -> tuple[OrderedDict[str, Any], dict[str, Any]]:
+    """A model's real state dict under canonical names, and the state that belongs to its wrappers."""
+    refuse_assigned_state_dict(model)
+    paths = canonical_paths(model)
+    with _real_methods(model):
+        live = model.state_dict()
+    own = _wrapper_names(model)
+    state: OrderedDict[str, Any] = OrderedDict()
+    wrappers: dict[str, Any] = {}
+    for name, value in live.items():
+        if name in own:
+            wrappers[own[name]] = int(value)
+            continue
+        canonical = translated(name, paths)
+        if canonical in state:
+            raise CheckpointError(f"two tensors would both be called {canonical!r}", name=canonical)
+        state[canonical] = value
+    metadata = getattr(live, "_metadata", None)
+    if metadata is not None:
+        held = OrderedDict((paths.get(p, p), v) for p, v in metadata.items() if _keeps(model, p, paths))
+        state._metadata = held  # type: ignore[attr-defined]
+    return state, wrappers
+
+
+def _keeps(model: nn.Module, path: str, paths: Mapping[str, str]) -> bool:
+    """The path's own module, not a wrapper of it, gives the version."""
+    try:
+        return live_wrapper(model.get_submodule(path)) is None
+    except AttributeError:
+        return True
+
+
+def _wrapper_names(model: nn.Module) -> dict[str, str]:
+    found = {}
+    for path, module in model.named_modules():
+        row = live_wrapper(module)
+        for name in row.own if row is not None else ():
+            found[f"{path}.{name}" if path else name] = name
+    return found
+
+
+@contextmanager
+def _real_methods(model: nn.Module) -> Iterator[None]:
+    """Put aside a `state_dict` that was bound onto an instance (an old adapter recipe): all of the model is saved."""
+    kept = [(vars(m), vars(m).pop("state_dict")) for m in list(model.modules()) if "state_dict" in vars(m)]
+    try:
+        yield
+    finally:
+        for held, method in kept:
+            held["state_dict"] = method

@@ -1,0 +1,156 @@
+"""Live tensors on their way into a torch zip: which storages are written, and what refers to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from anycard.disk.pieces import Lazy, Piece
+from anycard.errors import CheckpointError
+from anycard.pickles.writer import TensorRef
+from anycard.tensors import is_dense, row_major, span_numel
+from anycard.torch.dtypes import FROM_TORCH
+
+_GRAIN = 16  # bytes of the largest element: whatever dtype looks at a span, its elements are counted whole
+
+
+class Storages:
+    """Compact: every tensor has a storage of its own bytes only, tied ones share it."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self._known: dict[tuple[Any, ...], TensorRef] = {}
+        self._alive: list[torch.Tensor] = []  # so that no address is used again
+
+    def ref(self, tensor: torch.Tensor, name: str) -> TensorRef:
+        """The reference to write for a tensor; its bytes are queued once.
+
+        Raises:
+            CheckpointError: A tensor of a kind that is not written; names it.
+        """
+        refuse_kinds(tensor, name)
+        parameter = isinstance(tensor, nn.Parameter)
+        place = (*identity(tensor), parameter, tensor.requires_grad)
+        if place not in self._known:
+            self._known[place] = self._made(tensor, parameter, bool(tensor.requires_grad and parameter))
+            self._alive.append(tensor)
+        return self._known[place]
+
+    def _made(self, tensor: torch.Tensor, parameter: bool, grad: bool) -> TensorRef:
+        bare = (*identity(tensor), None, None)
+        if bare not in self._known:
+            shape = tuple(tensor.shape)
+            stride = tuple(tensor.stride()) if _keeps_strides(tensor) else row_major(shape)
+            key = self._queue(tensor)
+            self._known[bare] = TensorRef(key, FROM_TORCH[tensor.dtype], "cpu", tensor.numel(), 0, shape, stride)
+        held = self._known[bare]
+        return TensorRef(
+            held.storage_key, held.dtype, held.device, held.storage_numel, held.storage_offset, held.shape, held.stride,
+            requires_grad=grad, parameter=parameter,
+        )  # fmt: skip
+
+    def _queue(self, tensor: torch.Tensor) -> str:
+        nbytes = tensor.numel() * tensor.element_size()
+        return self.add(Lazy(nbytes, lambda: dense_bytes(tensor, row_major_order=False)))
+
+    def add(self, piece: Piece) -> str:
+        """Queue a storage; gives its key."""
+        self.pieces.append(piece)
+        return str(len(self.pieces) - 1)
+
+
+@dataclass
+class _Span:
+    """The part of a storage that tensors look at, in bytes."""
+
+    start: int
+    end: int
+    key: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+class SharedStorages(Storages):
+    """Views of one storage stay together, in the span that is in use. Every tensor is to be noted first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._spans: dict[int, _Span] = {}
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """Widen the span of the tensor's storage."""
+        if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+            return
+        size = tensor.element_size()
+        start = int(tensor.storage_offset()) * size
+        end = start + span_numel(tuple(tensor.shape), tuple(tensor.stride())) * size
+        start, end = start - start % _GRAIN, end + -end % _GRAIN
+        span = self._spans.setdefault(tensor.untyped_storage().data_ptr(), _Span(start, end))
+        span.start, span.end = min(span.start, start), max(span.end, end)
+        self._alive.append(tensor)
+
+    def _made(self, tensor: torch.Tensor, parameter: bool, grad: bool) -> TensorRef:
+        span = self._spans.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        if span is None or tensor.is_conj() or tensor.is_neg():
+            return super()._made(tensor, parameter, grad)
+        if not span.key:
+            storage, start, nbytes = tensor.untyped_storage(), span.start, span.nbytes
+            span.key = self.add(Lazy(nbytes, lambda: _span_bytes(storage, start, nbytes)))
+        size = tensor.element_size()
+        offset = (int(tensor.storage_offset()) * size - span.start) // size
+        return TensorRef(
+            span.key, FROM_TORCH[tensor.dtype], "cpu", span.nbytes // size, offset, tuple(tensor.shape),
+            tuple(tensor.stride()), requires_grad=grad, parameter=parameter,
+        )  # fmt: skip
+
+
+def _span_bytes(storage: torch.UntypedStorage, start: int, nbytes: int) -> memoryview:
+    """A part of a storage on the CPU, zeros beyond its end."""
+    flat = torch.zeros(nbytes, dtype=torch.uint8)
+    there = min(nbytes, storage.nbytes() - start)
+    held = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    flat[:there] = held.set_(storage, start, (there,))  # type: ignore[call-overload]
+    return _bytes_of(flat.untyped_storage(), 0, nbytes)
+
+
+def refuse_kinds(tensor: torch.Tensor, name: str) -> None:
+    """CheckpointError for a tensor that is not written: sparse, quantised, nested, on meta, of unknown dtype."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+        raise CheckpointError(f"{name} is a {kind} tensor; only dense tensors are written", name=name)
+    if tensor.is_meta:
+        raise CheckpointError(f"{name} stands on the meta device: it has no values to save", name=name)
+    if tensor.dtype not in FROM_TORCH:
+        raise CheckpointError(f"{name}: {tensor.dtype} cannot be written", name=name)
+
+
+def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tied tensors: the same view of the same memory."""
+    place = tensor.untyped_storage().data_ptr() if tensor.numel() else id(tensor)
+    return (
+        place, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype,
+        str(tensor.device), tensor.is_conj(), tensor.is_neg(),
+    )  # fmt: skip
+
+
+def _keeps_strides(tensor: torch.Tensor) -> bool:
+    return is_dense(tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def dense_bytes(tensor: torch.Tensor, *, row_major_order: bool) -> memoryview:
+    """A tensor's bytes on the CPU: as they lie where dense, else row-major."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
+    if row_major_order or not _keeps_strides(plain):
+        plain = plain.contiguous()
+    return _bytes_of(plain.untyped_storage(), int(plain.storage_offset()) * plain.element_size(), plain.nbytes)
+
+
+def _bytes_of(storage: torch.UntypedStorage, start: int, nbytes: int) -> memoryview:
+    """A stretch of a CPU storage; the view keeps it alive."""
+    flat = torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,))  # type: ignore[call-overload]
+    return memoryview(flat.numpy().data)

@@ -1,0 +1,68 @@
+"""The way back for a load that fails after its first byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from anycard.errors import CheckpointError
+
+
+class Undo:
+    """What gives an existing model its old values back, in the reverse order of the changes.
+
+    Attributes:
+        lost: Names of tensors that are written in place without a copy, because copies would not fit.
+        started: The first of them may have been written.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+        self.lost: tuple[str, ...] = ()
+        self.started = False
+
+    def then(self, step: Callable[[], None]) -> None:
+        """Remember how to take back one change that is about to be made."""
+        self._steps.append(step)
+
+    def keep_bytes(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Copy the values of tensors that are about to be written."""
+        kept = [(t, t.detach().clone()) for t in tensors if not (is_lazy(t) or t.is_meta)]
+
+        def back() -> None:
+            with torch.no_grad():
+                for tensor, old in kept:
+                    tensor.detach().copy_(old)
+
+        self.then(back)
+
+    def keep_slots(self, module: nn.Module) -> None:
+        """Remember which tensors stand in a module's parameters and buffers, and the memory they have."""
+        held = [(slots, dict(slots)) for slots in (module._parameters, module._buffers)]
+        data = [(p, p.data) for p in module._parameters.values() if p is not None and not is_lazy(p)]
+
+        def back() -> None:
+            for slots, old in held:
+                slots.clear()
+                slots.update(old)  # type: ignore[arg-type]
+            for parameter, memory in data:
+                if not parameter.is_meta:
+                    parameter.data = memory
+
+        self.then(back)
+
+    def restore(self, error: BaseException) -> None:
+        """Take everything back; what cannot be is named in the error's `.changed` and message."""
+        while self._steps:
+            self._steps.pop()()
+        if not (self.started and self.lost):
+            return
+        text = f"{len(self.lost)} tensors of the model were overwritten at least in part; .changed names them."
+        error.changed = self.lost  # type: ignore[attr-defined]
+        if isinstance(error, CheckpointError):
+            error.args = (f"{error.args[0]} {text}", *error.args[1:])
+        elif hasattr(error, "add_note"):
+            error.add_note(text)
