@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test types lint clean
+.PHONY: run test types lint bench clean
 
 run: $(READY)  ## the main job: every way of saving x every way of loading, on a real resnet152
 	$(VENV)/bin/anycard matrix torchvision.models:resnet152
@@ -18,6 +18,9 @@ types: $(READY)
 lint: types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+bench: $(READY)  ## ratios side by side in one run; the figures in the docs are what this prints
+	$(PY) benchmarks/ready_model.py
 
 clean:
 	rm -rf $(VENV) build dist

@@ -10,20 +10,25 @@ from typing import Any
 
 import click
 
-from anycard.cli.output import as_json, clean
+from anycard.cli.options import AS_JSON, KEY, MEMBER
+from anycard.cli.output import clean, print_json
 
 
 @click.command("check")
 @click.argument("file")
 @click.argument("model")
-@click.option("--key", help="Which state dict in the file.")
-@click.option("--json", "json_", is_flag=True, help="Print data for programs.")
-def command(file: str, model: str, key: str | None, json_: bool) -> None:
+@KEY
+@MEMBER
+@AS_JSON
+def command(file: str, model: str, key: str | None, member: str | None, as_json: bool) -> None:
     """What loading FILE into MODEL (package.module:factory) would do. Exit 1 where it does not fit."""
     import anycard
 
-    plan = anycard.plan(file, factory(model), key=key)
-    as_json({**asdict(plan), "fits": plan.fits}) if json_ else click.echo(clean(str(plan)))
+    plan = anycard.plan(file, factory(model), key=key, member=member)
+    if as_json:
+        print_json({**asdict(plan), "fits": plan.fits})
+    else:
+        click.echo(clean(str(plan)))
     sys.exit(0 if plan.fits else 1)
 
 

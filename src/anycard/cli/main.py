@@ -22,9 +22,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        home = "matrix" if name == "matrix" else "check" if name == "check" else "files"
-        module = importlib.import_module(f"anycard.cli.{home}")
-        found: click.Command = getattr(module, "command" if home != "files" else name)
+        found: click.Command = importlib.import_module(f"anycard.cli.{name}").command
         return found
 
 

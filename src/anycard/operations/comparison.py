@@ -35,9 +35,14 @@ class Difference:
         return not (self.only_a or self.only_b or self.shapes or self.dtypes or self.values)
 
 
-def diff(a: Path, b: Path, *, key: str | None = None) -> Difference:
-    """Compare the weights of two files; `key` means both."""
-    with open_checkpoint(a) as first, open_checkpoint(b) as second:
+def diff(a: Path, b: Path, *, key: str | None = None, member: str | None = None) -> Difference:
+    """Compare the weights of two files; `key` and `member` mean both.
+
+    Raises:
+        FormatError: One is damaged, or no checkpoint.
+        ChoiceError: One holds several state dicts, and no `key` was given.
+    """
+    with open_checkpoint(a, member=member) as first, open_checkpoint(b, member=member) as second:
         left, right = first.weights(key), second.weights(key)
         common = [name for name in left if name in right]
         shapes = {n: (left[n].shape, right[n].shape) for n in common if left[n].shape != right[n].shape}

@@ -23,7 +23,7 @@ def fingerprint_of(tensors: Mapping[str, TensorInfo], limits: Limits = DEFAULT) 
     return lines.fingerprint(made)
 
 
-def fingerprint(path: str | os.PathLike[str] | BinaryIO, *, key: str | None = None) -> str:
+def fingerprint(path: str | os.PathLike[str] | BinaryIO, *, key: str | None = None, member: str | None = None) -> str:
     """The fingerprint of a file's weights."""
-    with open_checkpoint(path) as ckpt:
+    with open_checkpoint(path, member=member) as ckpt:
         return ckpt.fingerprint(key)

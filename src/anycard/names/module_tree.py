@@ -1,0 +1,109 @@
+"""A file's content as an indented tree; a pickled module as `print(model)` would show it, without its class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from anycard.names.stored import module_state, wrapped_module
+from anycard.pickles.stubs import Inert
+from anycard.tensors import TensorInfo
+
+_DEEPEST = 200
+_MOST = 100_000  # lines: a small file can hold one part a million times
+_PLAIN = (bool, int, float, str, type(None))
+# What every module keeps, and what says nothing of how it was made.
+_COMMON = frozenset(("training", "call_super_init", "dump_patches"))
+
+
+def tree_lines(obj: Any) -> Iterator[str]:
+    """The lines of the tree, at most 100,000."""
+    for count, line in enumerate(_lines(obj, "", 0, frozenset())):
+        if count >= _MOST:
+            yield "…"
+            return
+        yield line
+
+
+def _lines(obj: Any, label: str, depth: int, above: frozenset[int]) -> Iterator[str]:
+    pad = "  " * depth
+    if id(obj) in above or depth > _DEEPEST:
+        yield f"{pad}{label}…"
+        return
+    above |= {id(obj)}
+    inner = wrapped_module(obj)
+    if module_state(obj) is not None or inner is not None:
+        yield from _module(obj, label, depth, above)
+    elif isinstance(obj, TensorInfo):
+        yield f"{pad}{label}{_sized(obj)}"
+    elif isinstance(obj, Mapping) and obj:
+        yield f"{pad}{label.rstrip(' ')}" if label else f"{pad}{len(obj)} entries"
+        for name, value in obj.items():
+            yield from _lines(value, f"{name}: ", depth + 1, above)
+    elif isinstance(obj, (list, tuple)) and any(not isinstance(v, _PLAIN) for v in obj):
+        yield f"{pad}{label.rstrip(' ')}"
+        for index, value in enumerate(obj):
+            yield from _lines(value, f"{index}: ", depth + 1, above)
+    else:
+        yield f"{pad}{label}{_short(obj)}"
+
+
+def _module(obj: Inert, label: str, depth: int, above: frozenset[int]) -> Iterator[str]:
+    pad = "  " * depth
+    inner = wrapped_module(obj)
+    state = module_state(obj) or {}
+    children = {"_orig_mod": inner} if inner is not None else state.get("_modules", {})
+    children = {str(name): child for name, child in children.items() if child is not None}
+    head = f"{pad}{label}{type(obj).name or 'call'}({_attributes(state)}"
+    own = list(_own_tensors(state)) if not children else []
+    if not children and not (own and not _attributes(state)):
+        yield head + ")"
+        return
+    yield head
+    for name, child in children.items():
+        yield from _lines(child, f"({name}): ", depth + 1, above)
+    for name, info in own:
+        yield f"{pad}  {name}: {_sized(info)}"
+    yield pad + ")"
+
+
+def _own_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, TensorInfo]]:
+    for group in ("_parameters", "_buffers"):
+        for name, value in (state.get(group) or {}).items():
+            if isinstance(value, TensorInfo):
+                yield str(name), value
+
+
+def _attributes(state: Mapping[str, Any]) -> str:
+    """What looks like an argument of the constructor: public, plain."""
+    shown = []
+    for name, value in state.items():
+        plain = isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and _all_plain(value))
+        if plain and not str(name).startswith("_") and name not in _COMMON:
+            shown.append(f"{name}={_short(value)}")
+    return ", ".join(shown)
+
+
+def _all_plain(values: tuple[Any, ...] | list[Any]) -> bool:
+    return len(values) <= 16 and all(isinstance(v, _PLAIN) for v in values)
+
+
+def _sized(info: TensorInfo) -> str:
+    return f"{info.dtype} {' x '.join(map(str, info.shape)) or 'scalar'}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Inert):
+        return f"<{value.path}>"
+    if isinstance(value, type):
+        return f"<{getattr(value, 'module', '?')}.{getattr(value, 'name', '?')}>"
+    text = repr(value) if isinstance(value, (*_PLAIN, bytes, complex)) or _flat(value) else f"<{type(value).__name__}>"
+    return text if len(text) <= 120 else text[:117] + "…"
+
+
+def _flat(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple, dict, set, frozenset))
+        and len(value) <= 16
+        and all(isinstance(v, _PLAIN) for v in value)
+    )
