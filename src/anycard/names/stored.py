@@ -8,6 +8,7 @@ from typing import Any
 
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT, Limits
+from anycard.names.paths import join
 from anycard.names.wrappers import Wrapper, wrapper_of
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
@@ -168,7 +169,7 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
         if isinstance(obj, Inert):
             found.objects[path] = obj
         inside = (*above, id(obj))
-        stack.extend((f"{path}.{name}" if path else name, child, inside) for name, child in reversed(children))
+        stack.extend((join(path, name), child, inside) for name, child in reversed(children))
     return found
 
 
@@ -216,7 +217,7 @@ def _descend(obj: object, key: str, found: list[StateDict], depth: int, known: b
     elif isinstance(obj, (list, tuple)) and depth < 3:
         for index, value in enumerate(obj):
             if isinstance(value, (Mapping, Inert)):
-                _descend(value, _join(key, str(index)), found, depth + 1, known=False)
+                _descend(value, join(key, str(index)), found, depth + 1, known=False)
     elif isinstance(obj, Mapping):
         _descend_mapping(obj, key, found, depth, known)
 
@@ -228,7 +229,7 @@ def _descend_mapping(obj: Mapping[Any, Any], key: str, found: list[StateDict], d
         return
     if _is_training_level(obj, direct, inner, known):
         for name, value in inner.items():
-            _descend(value, _join(key, name), found, depth + 1, known=name in _HOLDERS)
+            _descend(value, join(key, name), found, depth + 1, known=name in _HOLDERS)
     else:
         found.append(_from_mapping(obj, key))
 
@@ -261,10 +262,6 @@ def _may_hold(name: str, value: object) -> bool:
         return False
     lower = name.lower()
     return not (lower in _NOT_WEIGHTS or lower.startswith(("optim", "lr_sched")) or "rng" in lower)
-
-
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
 
 
 def _from_mapping(obj: object, key: str) -> StateDict:
@@ -324,5 +321,5 @@ def _wrapper_names(obj: object) -> Iterator[str]:
 def _shadow(obj: object, key: str) -> str | None:
     state = module_state(obj)
     if state is not None and isinstance(state.get("state_dict"), Mapping):
-        return _join(key, "state_dict")
+        return join(key, "state_dict")
     return None

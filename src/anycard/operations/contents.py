@@ -9,6 +9,7 @@ from typing import Any
 from anycard.checkpoint import Checkpoint, tensor_bytes
 from anycard.disk.pieces import FileRange, Lazy, Piece
 from anycard.names.choosing import canonical_names
+from anycard.names.paths import join
 from anycard.names.stored import StateDict
 from anycard.pickles.stubs import Inert
 from anycard.pickles.writer import TensorRef
@@ -98,10 +99,10 @@ class Copier:
         if type(value) in _PLAIN:
             return value
         if isinstance(value, Mapping):
-            items = ((k, self._copy(v, _join(path, k), dicts)) for k, v in value.items())
+            items = ((k, self._copy(v, join(path, k), dicts)) for k, v in value.items())
             return {k: v for k, v in items if v is not _GONE and not isinstance(k, (Inert, type))}
         if isinstance(value, (list, tuple, set)):
-            copies = (self._copy(v, _join(path, i), dicts) for i, v in enumerate(value))
+            copies = (self._copy(v, join(path, i), dicts) for i, v in enumerate(value))
             return type(value)(None if v is _GONE else v for v in copies)
         self.gone.append(path)
         return _GONE
@@ -109,10 +110,6 @@ class Copier:
 
 def _flat(value: Any, found: StateDict) -> bool:
     return isinstance(value, Mapping) and all(isinstance(value.get(name), TensorInfo) for name in found.tensors)
-
-
-def _join(path: str, name: object) -> str:
-    return f"{path}.{name}" if path else str(name)
 
 
 def _above(name: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anycard.errors import ChoiceError, MismatchError
+from anycard.names.paths import moved
 from anycard.names.stored import StateDict
 from anycard.names.wrappers import OWN_NAMES, removable, without_segments
 from anycard.tensors import TensorInfo
@@ -245,8 +246,10 @@ def canonical_metadata(match: Match, mark: Mapping[str, Any]) -> dict[str, dict[
 
     A torch zip keeps it in `_metadata`; a safetensors file of ours keeps what is not `{"version": 1}` in its mark.
     """
-    held = match.source.metadata
-    found = {path: held[stored] for stored, path in _module_paths(match).items() if stored in held} if held else {}
+    found = {}
+    if match.source.metadata:
+        paths = _module_paths(match)
+        found = {moved(without_segments(p), paths): held for p, held in match.source.metadata.items()}
     marked = mark.get("metadata")
     if isinstance(marked, dict):
         found.update({path: kept for path, kept in marked.items() if isinstance(kept, dict)})
@@ -254,10 +257,10 @@ def canonical_metadata(match: Match, mark: Mapping[str, Any]) -> dict[str, dict[
 
 
 def _module_paths(match: Match) -> dict[str, str]:
-    """Module path in the file -> module path in the model, as the tensors' names show them."""
+    """Module path in the file, without segments that are nobody's own -> in the model, as tensors' names show them."""
     found: dict[str, str] = {}
     for name, stored in match.names.items():
-        outer, inner = stored, name
+        outer, inner = without_segments(stored), name
         while True:
             outer, _, last = outer.rpartition(".")
             inner, _, mine = inner.rpartition(".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from anycard.errors import CheckpointError
+from anycard.names.paths import join
 from anycard.names.wrappers import Wrapper, wrapper_of
 
 
@@ -73,12 +74,8 @@ def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         for name, child in reversed(module._modules.items()):
             if child is None:
                 continue
-            inward = canonical if row is not None and name == row.child else _join(canonical, name)
-            stack.append((_join(live, name), inward, child, (*above, id(module))))
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+            inward = canonical if row is not None and name == row.child else join(canonical, name)
+            stack.append((join(live, name), inward, child, (*above, id(module))))
 
 
 def targets(model: nn.Module) -> list[Target]:
@@ -88,10 +85,10 @@ def targets(model: nn.Module) -> list[Target]:
         row = live_wrapper(module)
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found.append(Target(_join(canonical, name), module, name, True))
+                found.append(Target(join(canonical, name), module, name, True))
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                found.append(Target(_join(canonical, name), module, name, False, row is not None and name in row.own))
+                found.append(Target(join(canonical, name), module, name, False, row is not None and name in row.own))
     return found
 
 
@@ -103,16 +100,6 @@ def canonical_paths(model: nn.Module) -> dict[str, str]:
 def live_paths(model: nn.Module) -> dict[str, str]:
     """Canonical module path -> live module path, of the innermost module that has the canonical one."""
     return {canonical: live for live, canonical, _ in walk(model)}
-
-
-def translated(name: str, paths: Mapping[str, str]) -> str:
-    """A tensor's name with its module's path replaced, by the deepest module that `paths` knows."""
-    head = name
-    while head:
-        head = head.rpartition(".")[0]
-        if head in paths:
-            return _join(paths[head], name[len(head) + 1 :] if head else name)
-    return name
 
 
 def refuse_assigned_state_dict(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from anycard.errors import CheckpointError
+from anycard.names.paths import join
 from anycard.pickles.writer import GlobalRef, Reduced
 from anycard.torch.state import state_of
 from anycard.torch.storages import Storages
@@ -41,17 +42,13 @@ def plain_data(value: Any, storages: Storages, mark: dict[str, Any], name: str =
     if isinstance(value, Mapping):
         return _mapping(value, storages, mark, name, depth)
     if isinstance(value, (list, tuple, set)) and not isinstance(value, torch.Size):
-        items = [plain_data(v, storages, mark, _below(name, i), depth + 1) for i, v in enumerate(value)]
+        items = [plain_data(v, storages, mark, join(name, i), depth + 1) for i, v in enumerate(value)]
         return type(value)(items) if type(value) in (list, tuple, set) else tuple(items)
     return _small(value, storages, mark, name, depth)
 
 
-def _below(name: str, key: object) -> str:
-    return f"{name}.{key}" if name else str(key)
-
-
 def _mapping(value: Mapping[Any, Any], storages: Storages, mark: dict[str, Any], name: str, depth: int) -> Any:
-    items = ((k, plain_data(v, storages, mark, _below(name, k), depth + 1)) for k, v in value.items())
+    items = ((k, plain_data(v, storages, mark, join(name, k), depth + 1)) for k, v in value.items())
     if not isinstance(value, OrderedDict):
         return dict(items)
     held: OrderedDict[Any, Any] = OrderedDict(items)

@@ -12,6 +12,7 @@ from torch import nn
 
 from anycard.checkpoint import Checkpoint
 from anycard.names.choosing import by_key
+from anycard.names.paths import join, translated
 from anycard.names.stored import StateDict
 from anycard.plans.load_plan import LoadPlan, nearest_names
 from anycard.plans.matching import Match, Only, Rename, canonical_metadata, find, infos, selected
@@ -23,7 +24,6 @@ from anycard.torch.modules import (
     live_paths,
     refuse_assigned_state_dict,
     targets,
-    translated,
     unwrapped,
     walk,
 )
@@ -294,7 +294,7 @@ class _Planner:
         for _, canonical, module in walk(self.work.model):
             if type(module).set_extra_state is nn.Module.set_extra_state:
                 continue
-            name = f"{canonical}._extra_state" if canonical else "_extra_state"
+            name = join(canonical, "_extra_state")
             stored = next((n for n in extras if n == name or n.endswith("." + name)), None)
             if name in self.stored:
                 self.used.add(name)
@@ -361,7 +361,7 @@ class _Planner:
 def _not_stored(model: nn.Module) -> set[str]:
     """Canonical names of the non-persistent buffers."""
     walked = walk(model)
-    return {f"{path}.{name}" if path else name for _, path, m in walked for name in m._non_persistent_buffers_set}
+    return {join(path, name) for _, path, m in walked for name in m._non_persistent_buffers_set}
 
 
 def _on_meta(model: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
@@ -370,7 +370,7 @@ def _on_meta(model: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
     for _, path, module in walk(model):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.is_meta:
-                found.append((f"{path}.{name}" if path else name, tensor, module))
+                found.append((join(path, name), tensor, module))
     return found
 
 

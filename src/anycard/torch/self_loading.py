@@ -21,6 +21,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 from torch.overrides import TorchFunctionMode
 
+from anycard.names.paths import join
 from anycard.tensors import TensorInfo
 from anycard.torch.dtypes import TO_TORCH
 from anycard.torch.modules import live_wrapper
@@ -181,7 +182,7 @@ def _held(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     for path, inner in module.named_modules(prefix=prefix.rstrip("."), remove_duplicate=False):
         for name, tensor in (*inner._parameters.items(), *inner._buffers.items()):
             if tensor is not None:
-                yield (f"{path}.{name}" if path else name), tensor
+                yield join(path, name), tensor
 
 
 @contextmanager
@@ -200,7 +201,7 @@ def _shadows(module: nn.Module, prefix: str) -> Iterator[dict[str, torch.Tensor]
                     if id(tensor) not in made:
                         made[id(tensor)] = _shadow(tensor)
                     held[name] = made[id(tensor)]
-                    names[f"{path}.{name}" if path else name] = held[name]
+                    names[join(path, name)] = held[name]
         yield names
     finally:
         for inner, parameters, buffers in reversed(kept):

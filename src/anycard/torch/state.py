@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from anycard.errors import CheckpointError
-from anycard.torch.modules import canonical_paths, live_wrapper, refuse_assigned_state_dict, translated
+from anycard.names.paths import join, translated
+from anycard.torch.modules import canonical_paths, live_wrapper, refuse_assigned_state_dict
 
 
 def state_of(model: nn.Module) -> tuple[OrderedDict[str, Any], dict[str, Any]]:
@@ -50,7 +51,7 @@ def _wrapper_names(model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         row = live_wrapper(module)
         for name in row.own if row is not None else ():
-            found[f"{path}.{name}" if path else name] = name
+            found[join(path, name)] = name
     return found
 
 

@@ -1,0 +1,204 @@
+"""The command line, as a terminal, a pipe and a program see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import nn
+
+import anycard
+from anycard.cli.main import VERBS, cli
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A few files: weights in two formats, of DataParallel, a training checkpoint, a whole model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    anycard.save(model, tmp_path / "a.pth")
+    anycard.save(model, tmp_path / "a.safetensors")
+    anycard.save(model, tmp_path / "whole.pt", whole=True)
+    torch.save(nn.DataParallel(model).state_dict(), tmp_path / "parallel.pth")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    model(torch.rand(2, 3, 6, 6)[..., :6]).sum().backward()
+    optimizer.step()
+    state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
+    torch.save(state, tmp_path / "train.ckpt")
+    return tmp_path
+
+
+def run(*args: object) -> Result:
+    """One call in this process."""
+    return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+def shell(command: str, **env: str) -> subprocess.CompletedProcess[bytes]:
+    """One call through a shell, as people do."""
+    line = command.replace("anycard", f"{sys.executable} -m anycard")
+    return subprocess.run(["bash", "-c", line], capture_output=True, env={**os.environ, **env}, timeout=60)
+
+
+def test_show_says_what_is_in_a_file(folder: Path) -> None:
+    """Format, size, wrappers and every tensor; other things are summed up."""
+    out = run("show", folder / "parallel.pth").output
+    assert "torch zip, 9 tensors" in out
+    assert "wrappers in the names, dropped on load: module" in out
+    assert "module.0.weight" in out
+    out = run("show", folder / "train.ckpt").output
+    assert "epoch" in out.splitlines()[-1]
+    assert "optimizer (" in out.splitlines()[-1]
+
+
+def test_show_names_are_canonical(folder: Path) -> None:
+    """--names gives one canonical name a line, in the file's order."""
+    names = run("show", "--names", folder / "parallel.pth").output.split()
+    assert names[:3] == ["0.weight", "0.bias", "1.weight"]
+
+
+def test_show_tree_prints_a_module_as_print_does(folder: Path) -> None:
+    """Class names and the arguments that the modules were made with, from inert data."""
+    lines = run("show", "--tree", folder / "whole.pt").output.splitlines()
+    assert lines[0] == "Sequential("
+    assert "(0): Conv2d(in_channels=3, out_channels=4, kernel_size=(3, 3)" in lines[1]
+    assert "(1): BatchNorm2d(num_features=4, eps=1e-05" in lines[2]
+    assert lines[-1] == ")"
+
+
+def test_json_is_data(folder: Path) -> None:
+    """Every verb that reads gives JSON with the facts, unrounded."""
+    shown: dict[str, Any] = json.loads(run("show", "--json", folder / "a.pth").output)
+    assert shown["format"] == "torch zip"
+    assert shown["tensors"]["0.weight"] == {
+        "dtype": "float32", "shape": [4, 3, 3, 3], "device": "cpu", "nbytes": 432,
+        "offset": shown["tensors"]["0.weight"]["offset"],
+    }  # fmt: skip
+    checked = json.loads(run("check", "--json", folder / "a.pth", "torch.nn:Identity").output)
+    assert not checked["fits"]
+    assert len(checked["unexpected"]) == 9
+    assert json.loads(run("diff", "--json", folder / "a.pth", folder / "a.safetensors").output)["equal"]
+    assert json.loads(run("verify", "--json", folder / "a.pth").output)["ok"]
+    mark = json.loads(run("fingerprint", "--json", folder / "a.pth").output)["fingerprint"]
+    assert mark.startswith("blake3:")
+    assert len(mark) == 7 + 64
+    done = json.loads(run("convert", "--json", folder / "a.pth", folder / "b.safetensors").output)
+    assert done["tensors"] == 9
+
+
+def test_fingerprint_is_the_same_everywhere(folder: Path) -> None:
+    """Format, wrapper and whole model make no difference."""
+    files = ("a.pth", "a.safetensors", "parallel.pth", "whole.pt")
+    trained = run("fingerprint", folder / "train.ckpt").output
+    assert len({run("fingerprint", folder / name).output for name in files}) == 1
+    assert trained != run("fingerprint", folder / "a.pth").output
+
+
+def test_diff_tells_what_differs_and_exits_1(folder: Path) -> None:
+    """0 where the weights are the same, 1 with a line for each difference."""
+    assert run("diff", folder / "a.pth", folder / "parallel.pth").exit_code == 0
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3))
+    anycard.save(other, folder / "other.pth")
+    found = run("diff", folder / "a.pth", folder / "other.pth")
+    assert found.exit_code == 1
+    assert "2 x 4 in A, 3 x 4 in B" in found.output
+
+
+def test_convert_says_what_stays_behind(folder: Path) -> None:
+    """To safetensors the state dict is taken where it alone holds tensors; else the places are listed."""
+    refused = run("convert", folder / "train.ckpt", folder / "t.safetensors")
+    assert isinstance(refused.exception, anycard.CheckpointError)
+    assert "key='state_dict'" in str(refused.exception)
+    assert not (folder / "t.safetensors").exists()
+    taken = run("convert", "--key", "state_dict", folder / "train.ckpt", folder / "t.safetensors")
+    assert taken.exit_code == 0
+    assert "left behind: optimizer (" in taken.stderr
+    assert "epoch" in taken.stderr
+
+
+def test_convert_to_a_torch_zip_keeps_everything(folder: Path) -> None:
+    """A training checkpoint stays one, under canonical names, readable by plain torch."""
+    assert run("convert", folder / "train.ckpt", folder / "t.pth").exit_code == 0
+    theirs, ours = (torch.load(folder / n, weights_only=True) for n in ("train.ckpt", "t.pth"))
+    assert ours["epoch"] == 3
+    assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
+    assert torch.equal(ours["optimizer"]["state"][0]["momentum_buffer"],
+                       theirs["optimizer"]["state"][0]["momentum_buffer"])  # fmt: skip
+    assert list(ours["state_dict"]) == list(theirs["state_dict"])
+    assert ours["state_dict"]._metadata == theirs["state_dict"]._metadata
+
+
+def test_verify_names_the_tensor_that_rotted(folder: Path) -> None:
+    """A flipped bit is found in both formats; exit status 1."""
+    for name in ("a.pth", "a.safetensors"):
+        with anycard.open(folder / name) as ckpt:
+            offset = ckpt.tensors["2.weight"].offset
+        data = bytearray((folder / name).read_bytes())
+        assert offset is not None
+        data[offset] ^= 1
+        (folder / name).write_bytes(data)
+        found = run("verify", folder / name)
+        assert found.exit_code == 1
+        assert "2.weight" in found.output
+
+
+def test_check_finds_models_of_the_current_folder(folder: Path) -> None:
+    """MODEL is looked up from where the command runs; a mismatch is exit 1, a wrong MODEL 2."""
+    (folder / "mine.py").write_text("from torch import nn\ndef small():\n    return nn.Sequential(nn.Linear(4, 2))\n")
+    fits = shell(f"cd {folder} && anycard check a.pth mine:small")
+    assert fits.returncode == 1
+    assert b"does not fit" in fits.stdout
+    assert shell(f"cd {folder} && anycard check a.pth mine:none").returncode == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", os.urandom(300), b"PK\x03\x04" + b"\0" * 99])
+@pytest.mark.parametrize("verb", ["show", "fingerprint", "verify"])
+def test_what_cannot_be_read_is_one_line_and_exit_2(tmp_path: Path, verb: str, content: bytes) -> None:
+    """No traceback: the file and the reason, on stderr."""
+    (tmp_path / "x.pth").write_bytes(content)
+    for target in ("x.pth", "none.pth", "."):
+        result = shell(f"cd {tmp_path} && anycard {verb} {target}")
+        assert result.returncode == 2
+        assert b"Traceback" not in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_hostile_names_reach_no_terminal(tmp_path: Path) -> None:
+    """Escape sequences and line feeds in names are spelt out, in every verb, and LANG=C is no obstacle."""
+    names = {
+        "\x1b[31mred\x07": torch.ones(1),
+        "two\nlines": torch.ones(2),
+        "\u202egnp": torch.ones(1),
+        "名": torch.ones(3),
+    }
+    anycard.save(names, tmp_path / "h.pth")
+    anycard.save({}, tmp_path / "none.pth")
+    for command in ("show h.pth", "show --names h.pth", "show --tree h.pth", "diff h.pth none.pth"):
+        out = shell(f"cd {tmp_path} && anycard {command}", LANG="C", LC_ALL="C", PYTHONIOENCODING="ascii")
+        assert out.returncode in (0, 1, 2), out.stderr
+        assert b"\x1b" not in out.stdout + out.stderr
+        assert b"UnicodeEncodeError" not in out.stderr
+        assert "\u202e".encode() not in out.stdout
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
+    """`| head -1` is no error."""
+    anycard.save({f"w{i}": torch.ones(1) for i in range(5000)}, tmp_path / "many.pth")
+    out = shell(f"set -o pipefail; anycard show --names {tmp_path}/many.pth | head -1")
+    assert out.stdout == b"w0\n"
+    assert out.stderr == b""
+
+
+def test_every_verb_has_help() -> None:
+    """Each verb explains itself, and the list names them all."""
+    listed = run("--help").output
+    for verb in VERBS:
+        assert verb in listed
+        assert run(verb, "--help").exit_code == 0
+    assert run("shwo").exit_code == 2
