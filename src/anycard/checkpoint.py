@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from functools import cached_property
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -14,10 +13,12 @@ from anycard.formats.index import Index
 from anycard.formats.registry import read_index
 from anycard.limits import DEFAULT, Limits
 from anycard.names.choosing import canonical_names, pick
-from anycard.names.stored import Contents, StateDict, contents, module_state, state_dicts
-from anycard.names.stored import wrapped_module as _wrapped
-from anycard.pickles.stubs import Inert
+from anycard.names.contents import Contents, contents
+from anycard.names.plain import plain
+from anycard.names.stored import Found, StateDict, find_state_dicts
 from anycard.tensors import DTYPES, TensorInfo
+
+_LISTED = 10_000  # elements of a numpy array beside the weights that are spelt out
 
 
 class Checkpoint:
@@ -85,12 +86,23 @@ class Checkpoint:
     @property
     def objects(self) -> dict[str, Any]:
         """Full path -> everything else, as plain data."""
-        return {path: plain(value) for path, value in self._contents.objects.items()}
+        above = self._contents.above
+        return {path: self._plain(value, above.get(path, ())) for path, value in self._contents.objects.items()}
 
-    @cached_property
+    def _plain(self, value: object, above: tuple[int, ...]) -> Any:
+        if isinstance(value, TensorInfo) and value.numel <= _LISTED:
+            return as_numpy(value, limits=self._limits).tolist()
+        return plain(value, above)
+
+    @property
     def state_dicts(self) -> list[StateDict]:
         """The state dicts in the file, by structure."""
-        return state_dicts({**self._index.tree, **self.ties} if self.ties else self._index.tree)
+        return self.found.dicts
+
+    @cached_property
+    def found(self) -> Found:
+        """The state dicts in the file, and levels of several taken as one."""
+        return find_state_dicts({**self._index.tree, **self.ties} if self.ties else self._index.tree)
 
     @cached_property
     def ties(self) -> dict[str, TensorInfo]:
@@ -223,7 +235,7 @@ def as_numpy(info: TensorInfo, *, raw: bool = False, limits: Limits = DEFAULT) -
     steps = tuple(step * row.itemsize for step in info.stride)
     bits = np.lib.stride_tricks.as_strided(flat, info.shape, steps) if flat.size else np.zeros(info.shape, unit)
     if info.conj or info.neg:
-        bits = _resolved(np.ascontiguousarray(bits), info)
+        bits = _resolved(np.ascontiguousarray(bits).reshape(info.shape), info)
     return bits if raw else _valued(bits, info.dtype)
 
 
@@ -266,33 +278,3 @@ def _valued(bits: Any, dtype: str) -> Any:
         return np.ascontiguousarray(bits).view(getattr(ml_dtypes, dtype)).reshape(bits.shape)
     except (ImportError, AttributeError):
         raise TypeError(f"numpy has no {dtype}: install ml_dtypes, or ask for the bits with raw=True") from None
-
-
-def plain(value: Any, depth: int = 0) -> Any:
-    """Inert data for people and programs: stubs become dicts that name their class."""
-    if depth > 50 or value is None or isinstance(value, (bool, int, float, str, bytes, complex, TensorInfo)):
-        return value
-    if isinstance(value, type):
-        return f"<{getattr(value, 'module', '?')}.{getattr(value, 'name', value.__name__)}>"
-    if isinstance(value, Mapping):
-        return {str(k): plain(v, depth + 1) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v, depth + 1) for v in value]
-    if isinstance(value, Inert):
-        return _plain_stub(value, depth)
-    return repr(value)
-
-
-def _plain_stub(value: Inert, depth: int) -> dict[str, Any]:
-    data: dict[str, Any] = {"__class__": f"{type(value).module}.{type(value).name}"}
-    state: Any = value.state
-    if module_state(value) is not None or _wrapped(value) is not None:
-        return data
-    if isinstance(state, Mapping):
-        data.update({str(k): plain(v, depth + 1) for k, v in state.items()})
-    elif state is not None:
-        data["state"] = plain(state, depth + 1)
-    for label, held in (("args", value.args), ("items", value.items), ("pairs", value.pairs)):
-        if held:
-            data[label] = plain(list(held), depth + 1)
-    return data

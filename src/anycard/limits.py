@@ -16,6 +16,7 @@ class Limits:
         index_nbytes: Largest pickle or JSON header that is parsed.
         records: Most records in an archive, or tensors in a header.
         nodes: Most containers and leaves visited when a file's objects are listed.
+        repeats: Most parts that are listed again because what holds them is shared.
         globals: Most distinct classes that a pickle may name.
         depth: Deepest nesting of containers that is listed.
         rank: Most dimensions of a tensor.
@@ -28,6 +29,7 @@ class Limits:
     index_nbytes: int = 1 << 30
     records: int = 4_000_000
     nodes: int = 20_000_000
+    repeats: int = 500_000
     globals: int = 20_000
     depth: int = 400
     rank: int = 256

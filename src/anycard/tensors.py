@@ -73,6 +73,9 @@ BY_SAFETENSORS: dict[str, DType] = {row.safetensors: row for row in _ROWS if row
 BY_NUMPY: dict[str, DType] = {row.numpy[1:]: row for row in _ROWS if row.numpy}
 
 
+ARRAY = "array"  # key of the storage that holds a numpy array's inline bytes
+
+
 @dataclass(eq=False, slots=True)
 class Storage:
     """A stretch of bytes that tensors are views of: in a file, or held inline by a pickle.
@@ -168,6 +171,11 @@ class TensorInfo:
     def file(self) -> str | None:
         """The file that holds the bytes."""
         return None if self.storage.source is None else self.storage.source.name
+
+    @property
+    def is_array(self) -> bool:
+        """It was pickled as a numpy array, which may be a weight or may be plain data beside the weights."""
+        return self.storage.key == ARRAY
 
     @property
     def span(self) -> int:

@@ -75,7 +75,8 @@ def canonical_names(found: StateDict, *, marked: bool) -> tuple[dict[str, str], 
     if marked:
         return {name: name for name in found.tensors}, ()
     if found.canonical is not None:
-        return _checked(_without_own(found.canonical, found)), found.wrappers
+        names = {stored: name for stored, name in found.canonical.items() if stored not in found.own}
+        return _checked(names), found.wrappers
     bare = {name: without_segments(name) for name in found.tensors}
     prefix = outer_prefix(bare.values())
     names = {}
@@ -88,15 +89,18 @@ def canonical_names(found: StateDict, *, marked: bool) -> tuple[dict[str, str], 
     return _checked(names), tuple(wrappers)
 
 
+def wrapper_state(found: StateDict) -> dict[str, str]:
+    """Canonical name -> stored name of what belongs to wrappers (`n_averaged`), where no model is given."""
+    if found.canonical is not None:
+        return {found.canonical[stored]: stored for stored in found.own}
+    bare = {name: without_segments(name) for name in found.tensors}
+    prefix = outer_prefix(bare.values())
+    return {name.rpartition(".")[2]: stored for stored, name in bare.items() if _is_own(name, prefix)}
+
+
 def _is_own(name: str, prefix: str) -> bool:
     outer, _, last = name.rpartition(".")
     return bool(prefix) and last in OWN_NAMES and prefix.startswith(outer) and outer + "." != prefix
-
-
-def _without_own(names: dict[str, str], found: StateDict) -> dict[str, str]:
-    if "AveragedModel" not in found.wrappers:
-        return names
-    return {stored: name for stored, name in names.items() if name not in OWN_NAMES}
 
 
 def _checked(names: dict[str, str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from anycard.names.stored import module_state, wrapped_module
+from anycard.names.pickled_modules import children_of, is_module, module_state, own_tensors
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
@@ -31,8 +31,7 @@ def _lines(obj: Any, label: str, depth: int, above: frozenset[int]) -> Iterator[
         yield f"{pad}{label}…"
         return
     above |= {id(obj)}
-    inner = wrapped_module(obj)
-    if module_state(obj) is not None or inner is not None:
+    if isinstance(obj, Inert) and is_module(obj):
         yield from _module(obj, label, depth, above)
     elif isinstance(obj, TensorInfo):
         yield f"{pad}{label}{_sized(obj)}"
@@ -50,12 +49,10 @@ def _lines(obj: Any, label: str, depth: int, above: frozenset[int]) -> Iterator[
 
 def _module(obj: Inert, label: str, depth: int, above: frozenset[int]) -> Iterator[str]:
     pad = "  " * depth
-    inner = wrapped_module(obj)
     state = module_state(obj) or {}
-    children = {"_orig_mod": inner} if inner is not None else state.get("_modules", {})
-    children = {str(name): child for name, child in children.items() if child is not None}
+    children = children_of(obj)
     head = f"{pad}{label}{type(obj).name or 'call'}({_attributes(state)}"
-    own = list(_own_tensors(state)) if not children else []
+    own = [] if children else list(own_tensors(obj, everything=True))
     if not children and not (own and not _attributes(state)):
         yield head + ")"
         return
@@ -65,13 +62,6 @@ def _module(obj: Inert, label: str, depth: int, above: frozenset[int]) -> Iterat
     for name, info in own:
         yield f"{pad}  {name}: {_sized(info)}"
     yield pad + ")"
-
-
-def _own_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, TensorInfo]]:
-    for group in ("_parameters", "_buffers"):
-        for name, value in (state.get(group) or {}).items():
-            if isinstance(value, TensorInfo):
-                yield str(name), value
 
 
 def _attributes(state: Mapping[str, Any]) -> str:

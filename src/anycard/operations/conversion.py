@@ -16,9 +16,8 @@ from anycard.formats.registry import format_for
 from anycard.formats.safetensors import write_safetensors
 from anycard.formats.torch_zip_writer import write_torch_zip
 from anycard.limits import DEFAULT
-from anycard.names.choosing import canonical_names
+from anycard.names.choosing import canonical_names, wrapper_state
 from anycard.names.stored import StateDict
-from anycard.names.wrappers import OWN_NAMES
 from anycard.operations.contents import Copier, piece_of
 from anycard.pickles.writer import dump
 from anycard.plans.matching import Match, canonical_metadata
@@ -122,9 +121,9 @@ def _mark(ckpt: Checkpoint, found: StateDict) -> dict[str, Any]:
     held = canonical_metadata(Match(found, "", {name: stored for stored, name in names.items()}, ()), ckpt.mark)
     if held or "metadata" in ckpt.mark:
         mark["metadata"] = {path: kept for path, kept in held.items() if kept != {"version": 1}}
-    own = {n: i for n, i in found.tensors.items() if n not in names and n.rpartition(".")[2] in OWN_NAMES}
-    for name, info in own.items():
-        mark.setdefault("wrappers", {})[name.rpartition(".")[2]] = int.from_bytes(tensor_bytes(info), "little")
+    for name, stored in wrapper_state(found).items():
+        value = int.from_bytes(tensor_bytes(found.tensors[stored]), "little")
+        mark.setdefault("wrappers", {})[name] = value
     return mark
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from anycard.errors import ChoiceError, MismatchError
 from anycard.names.paths import moved
@@ -32,6 +32,8 @@ class Match:
         names: Canonical name in the model's terms -> stored name (relative to the candidate), for
             every stored tensor below the prefix, whether or not the model has the name.
         outside: Stored names of the candidate that lie beside the prefix.
+        wrapper_state: Canonical name -> stored name of what belongs to a wrapper (`n_averaged`).
+        collision: Two stored names that would be one, or "".
         hits: How many of the model's names are there; `exact` of them have the model's shape.
     """
 
@@ -39,6 +41,8 @@ class Match:
     prefix: str
     names: dict[str, str]
     outside: tuple[str, ...]
+    wrapper_state: dict[str, str] = field(default_factory=dict)
+    collision: str = ""
     hits: int = 0
     exact: int = 0
 
@@ -50,15 +54,16 @@ class Match:
 
 def find(
     candidates: Sequence[StateDict],
+    unions: Sequence[StateDict],
     shapes: Mapping[str, tuple[int, ...]],
     rename: Rename | None,
     path: str,
-    own: frozenset[str] = frozenset(),
 ) -> Match:
     """The one state dict (or part of one) that fits a model best.
 
     Args:
         candidates: What the file holds, by structure.
+        unions: Levels of the file taken as one state dict; asked only where they have more of the model's names.
         shapes: The model's canonical names and shapes.
         rename: The caller's renames, on canonical names.
 
@@ -68,15 +73,31 @@ def find(
     """
     if rename is not None:
         check_rename(rename)
-    matches = [m for c in candidates for m in _readings(c, shapes, rename)]
+    matches = _scored(candidates, shapes, rename)
     if not matches:
         raise ChoiceError(f"{path} holds no tensors that could be a model's weights", path=path)
+    if unions and max(m.hits for m in matches) < len(shapes):
+        wider = _scored(unions, shapes, rename)
+        if max(m.hits for m in wider) > max(m.hits for m in matches):
+            matches = wider
+    chosen = _best(matches, shapes, path)
+    if chosen.collision:
+        raise MismatchError(chosen.collision, path=path)
+    return chosen
+
+
+def _scored(
+    candidates: Sequence[StateDict], shapes: Mapping[str, tuple[int, ...]], rename: Rename | None
+) -> list[Match]:
+    matches = [m for c in candidates for m in _readings(c, shapes, rename)]
     for match in matches:
+        tensors = match.source.tensors
         match.hits = sum(name in match.names for name in shapes)
-        match.exact = sum(
-            name in match.names and match.source.tensors[match.names[name]].shape == shape
-            for name, shape in shapes.items()
-        )
+        match.exact = sum(n in match.names and tensors[match.names[n]].shape == shape for n, shape in shapes.items())
+    return matches
+
+
+def _best(matches: Sequence[Match], shapes: Mapping[str, tuple[int, ...]], path: str) -> Match:
     best = max((m.exact, m.hits) for m in matches)
     if best == (0, 0):
         return max(matches, key=lambda m: (not m.prefix, len(m.names)))  # the plan says that nothing fits
@@ -107,33 +128,42 @@ def _readings(candidate: StateDict, shapes: Mapping[str, tuple[int, ...]], renam
     variants = _variants(candidate)
     lookup = _lookup(shapes)
     prefixes: dict[str, int] = {"": 0}
-    for forms in variants.values():
+    for forms, _ in variants.values():
         for prefix in {p for form in forms for p in _voted(form, lookup)}:
             prefixes[prefix] = prefixes.get(prefix, 0) + 1
     ranked = sorted(prefixes, key=lambda p: (-prefixes[p], len(p)))[:50]
     return [_read_from(candidate, prefix, variants, lookup, rename) for prefix in {"": 0, **dict.fromkeys(ranked)}]
 
 
-def _variants(candidate: StateDict) -> dict[str, list[tuple[str, ...]]]:
-    """Stored name -> its possible names in parts, the one without any wrapper segment first."""
+class _Stored(NamedTuple):
+    """A stored name's possible names in parts, the one without any wrapper segment first.
+
+    `own`: where the model does not have it, it is a wrapper's own buffer (`n_averaged`).
+    """
+
+    forms: list[tuple[str, ...]]
+    own: bool
+
+
+def _variants(candidate: StateDict) -> dict[str, _Stored]:
     if candidate.canonical is not None:
-        return {stored: [tuple(name.split("."))] for stored, name in candidate.canonical.items()}
+        names = candidate.canonical.items()
+        return {stored: _Stored([tuple(name.split("."))], stored in candidate.own) for stored, name in names}
     parts = {stored: tuple(without_segments(stored).split(".")) for stored in candidate.tensors}
     nodes = removable(parts.values())
-    return {stored: _forms(name, nodes) for stored, name in parts.items()}
-
-
-_OWN: list[tuple[str, ...]] = [("",)]  # a wrapper's own buffer, which is no name of the model
+    return {
+        stored: _Stored(_forms(name, nodes), name[-1] in OWN_NAMES and name[:-1] in nodes)
+        for stored, name in parts.items()
+    }
 
 
 def _forms(name: tuple[str, ...], nodes: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
     places = [i for i, part in enumerate(name) if part == "module" and name[:i] in nodes][:6]
-    own = name[-1] in OWN_NAMES and name[:-1] in nodes
     forms = []
     for mask in range((1 << len(places)) - 1, -1, -1):
         gone = {place for bit, place in enumerate(places) if mask >> bit & 1}
         forms.append(tuple(part for i, part in enumerate(name) if i not in gone))
-    return _OWN if own else forms
+    return forms
 
 
 def _lookup(shapes: Iterable[str]) -> dict[tuple[str, ...], str]:
@@ -153,25 +183,27 @@ def _voted(form: tuple[str, ...], lookup: Mapping[tuple[str, ...], str]) -> Iter
 def _read_from(
     candidate: StateDict,
     prefix: str,
-    variants: Mapping[str, list[tuple[str, ...]]],
+    variants: Mapping[str, _Stored],
     lookup: Mapping[tuple[str, ...], str],
     rename: Rename | None,
 ) -> Match:
     start = tuple(prefix.split(".")) if prefix else ()
-    names: dict[str, str] = {}
+    match = Match(candidate, prefix, {}, ())
     outside = []
-    for stored, forms in variants.items():
-        if forms == _OWN:
-            continue
+    for stored, (forms, own) in variants.items():
         below = [form[len(start) :] for form in forms if form[: len(start)] == start and len(form) > len(start)]
         if not below:
             outside.append(stored)
             continue
         name = _name_for(below, lookup, rename)
-        if name in names:
-            raise MismatchError(f"{names[name]!r} and {stored!r} would both become {name!r}: two names are one")
-        names[name] = stored
-    return Match(candidate, prefix, names, tuple(outside))
+        if own and not any(form in lookup for form in below):
+            match.wrapper_state[".".join(below[0])] = stored
+        elif name in match.names:
+            match.collision = f"{match.names[name]!r} and {stored!r} would both become {name!r}: two names are one"
+        else:
+            match.names[name] = stored
+    match.outside = tuple(outside)
+    return match
 
 
 def _name_for(forms: Sequence[tuple[str, ...]], lookup: Mapping[tuple[str, ...], str], rename: Rename | None) -> str:

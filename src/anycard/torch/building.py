@@ -32,7 +32,9 @@ class _PutOff(TorchFunctionMode):
         name = short_name(func)
         if name in METADATA:
             return func(*args, **kwargs)
-        if self._can_wait(name, args, kwargs):
+        if not args and "tensor" in kwargs:  # as torch.nn.init hands its own functions over
+            args, kwargs = (kwargs["tensor"],), {k: v for k, v in kwargs.items() if k != "tensor"}
+        if self._can_wait(func, name, args, kwargs):
             target = args[0]
             self.pending.setdefault(_place(target), []).append((target.detach(), func, args[1:], kwargs))
             return target
@@ -40,7 +42,7 @@ class _PutOff(TorchFunctionMode):
             self._settle((*args, *kwargs.values()))
         return func(*args, **kwargs)
 
-    def _can_wait(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _can_wait(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not (name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], torch.Tensor)):
             return False
         target = args[0]
@@ -48,7 +50,8 @@ class _PutOff(TorchFunctionMode):
             return False
         if any(isinstance(value, (torch.Tensor, list, tuple)) for value in (*args[1:], *kwargs.values())):
             return False
-        return name in FILLS or (_place(target) in self.pending and name in ARITHMETIC)
+        fills = name in FILLS or getattr(func, "__module__", "") == "torch.nn.init"
+        return fills or (_place(target) in self.pending and name in ARITHMETIC)
 
     def _settle(self, values: Iterable[Any]) -> None:
         for value in values:

@@ -167,7 +167,7 @@ def _set_counters(work: Work, undo: Undo | None) -> None:
     with torch.no_grad():
         for target in work.counters:
             if target.tensor.is_meta:
-                target.module._buffers[target.attribute] = torch.tensor(0, dtype=target.tensor.dtype)
+                target.module._buffers[target.attribute] = torch.tensor(0, dtype=target.tensor.dtype, device="cpu")
         for wrapped, value in work.wrapper_state:
             if undo is not None:
                 undo.keep_bytes([wrapped.tensor])

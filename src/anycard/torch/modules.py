@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from anycard.errors import CheckpointError
 from anycard.names.paths import join
-from anycard.names.wrappers import Wrapper, wrapper_of
+from anycard.names.wrappers import Wrapper, without_segments, wrapper_of
 
 
 @dataclass(eq=False)
@@ -93,8 +93,12 @@ def targets(model: nn.Module) -> list[Target]:
 
 
 def canonical_paths(model: nn.Module) -> dict[str, str]:
-    """Live module path -> canonical module path; the modules behind wrappers win over the wrappers."""
-    return {live: canonical for live, canonical, _ in walk(model)}
+    """Live module path -> canonical module path.
+
+    Activation-checkpoint wrappers hide their own segment from their state dict, so the paths without it count too.
+    """
+    paths = {live: canonical for live, canonical, _ in walk(model)}
+    return {**{without_segments(live): canonical for live, canonical in paths.items()}, **paths}
 
 
 def live_paths(model: nn.Module) -> dict[str, str]:

@@ -37,7 +37,7 @@ def plain_data(value: Any, storages: Storages, mark: dict[str, Any], name: str =
     if isinstance(value, nn.Module):
         state, wrappers = state_of(value)
         if wrappers:
-            mark.setdefault("wrappers", {}).update(wrappers)
+            mark.setdefault("wrappers", {}).update({join(name, own): count for own, count in wrappers.items()})
         return plain_data(state, storages, mark, name, depth)
     if isinstance(value, Mapping):
         return _mapping(value, storages, mark, name, depth)

@@ -97,9 +97,10 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
     wanted = targets(model)
     shapes = {t.name: t.shape for t in wanted if not t.own}
     candidates: Sequence[StateDict] = ckpt.state_dicts
-    if options.key is not None:
-        candidates = [by_key(candidates, options.key, ckpt.path)]
-    match = find(candidates, shapes, options.rename, ckpt.path)
+    unions = [held for held in ckpt.found.unions if options.key is None or held.key == options.key]
+    if options.key is not None and not (unions and options.key not in {held.key for held in candidates}):
+        candidates, unions = [by_key(candidates, options.key, ckpt.path)], []
+    match = find(candidates, unions, shapes, options.rename, ckpt.path)
     plan = LoadPlan(ckpt.path, type(unwrapped(model)).__name__, match.where, total=len(shapes))
     work = Work(plan, model, match)
     _Planner(work, wanted, options, ckpt).run()
@@ -122,6 +123,7 @@ class _Planner:
             self.chosen = selected(self.wanted, options.only)
         self.live = live_paths(work.model)
         self.missing: list[str] = []
+        self.spare_extras: list[str] = []
         self.used: set[str] = set()
 
     @cached_property
@@ -254,6 +256,7 @@ class _Planner:
         paths = canonical_paths(self.work.model)
         unexpected = {back.get(n, n) for n in loader.trace.unexpected}
         absent = {translated(n, paths) for n in loader.trace.missing}
+        kept: list[str] = []
         for name, target in self.wanted.items():
             if not name.startswith(prefix) or name not in self.chosen:
                 continue
@@ -265,8 +268,12 @@ class _Planner:
                     self.plan.renamed[self._stored_name(source)] = name
             elif name in self.stored and name not in absent:
                 self._by_name(name, target)
-            elif name in absent or not loader.trace.reported:
+            elif name in absent:
                 self._absent(name, target)
+            else:
+                kept.append(name)
+        if kept:
+            self.plan.notes.append(f"left as they are, as the module itself says: {', '.join(kept)}")
         self.used |= {n for n in back.values() if n not in unexpected}
 
     def _stored_name(self, name: str) -> str:
@@ -274,13 +281,12 @@ class _Planner:
 
     def _wrapper_state(self) -> None:
         """A wrapper's own counters, where the file has them; `n_averaged` without one becomes 1."""
-        marked = self.ckpt.mark.get("wrappers", {})
+        match, marked = self.work.match, self.ckpt.mark.get("wrappers", {})
         for target in self.own_state:
-            stored = self.work.match.source.tensors.items()
-            info = next((i for n, i in stored if n.rpartition(".")[2] == target.attribute), None)
-            value = marked.get(target.attribute) if isinstance(marked, dict) else None
-            if info is not None:
-                self.work.fills.append((target, info))
+            stored = match.wrapper_state.get(target.name)
+            value = marked.get(join(match.where, target.name)) if isinstance(marked, dict) else None
+            if stored is not None:
+                self.work.fills.append((target, match.source.tensors[stored]))
             elif isinstance(value, int):
                 self.work.wrapper_state.append((target, value))
             else:
@@ -291,6 +297,7 @@ class _Planner:
 
     def _extra_state(self) -> None:
         extras = self.work.match.source.extras
+        taken: set[str] = set()
         for _, canonical, module in walk(self.work.model):
             if type(module).set_extra_state is nn.Module.set_extra_state:
                 continue
@@ -300,9 +307,11 @@ class _Planner:
                 self.used.add(name)
                 self.work.extras.append((module, name, self.stored[name]))
             elif stored is not None:
+                taken.add(stored)
                 self.work.extras.append((module, name, extras[stored]))
             elif self.options.only is None:
                 self.missing.append(name)
+        self.spare_extras = [name for name in extras if name not in taken]
 
     def _ties(self) -> None:
         """One fill for each tensor; a name tied to a filled one is not missing."""
@@ -321,7 +330,8 @@ class _Planner:
 
     def _leftovers(self) -> None:
         hidden = _not_stored(self.work.model)
-        left = [n for n in self.stored if not (n in self.used or n in self.wanted or n.endswith("_extra_state"))]
+        left = [n for n in self.stored if not (n in self.used or n in self.wanted)]
+        left += self.spare_extras
         dropped = [n for n in left if n in hidden]
         if dropped:
             self.plan.notes.append(f"dropped, since the model no longer stores them: {', '.join(dropped)}")

@@ -9,11 +9,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from anycard.checkpoint import Checkpoint, open_checkpoint, plain, tensor_bytes
+from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from anycard.disk.transfer import ReadJob, run_reads
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT, Limits
 from anycard.names.choosing import canonical_names
+from anycard.names.plain import plain
 from anycard.pickles.stubs import Inert
 from anycard.progress import Progress, counting
 from anycard.tensors import DTYPES, TensorInfo, is_dense
@@ -119,7 +120,7 @@ def read_tensor(info: TensorInfo, name: str = "", *, limits: Limits = DEFAULT) -
     except FormatError as error:
         raise _named(error, name) from None
     if not len(data):
-        return torch.empty(info.shape, dtype=dtype)
+        return torch.empty(info.shape, dtype=dtype, device="cpu")
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(info.shape)
 
 
@@ -138,7 +139,7 @@ def empty_for(info: TensorInfo) -> torch.Tensor | None:
     if dtype is None or info.kind != "dense":
         raise FormatError(f"a {info.kind} tensor of {info.dtype} cannot be given as a plain tensor")
     if _plain_bytes(info) and is_dense(info.shape, info.stride):
-        return torch.empty_strided(info.shape, info.stride, dtype=dtype)
+        return torch.empty_strided(info.shape, info.stride, dtype=dtype, device="cpu")
     return None
 
 

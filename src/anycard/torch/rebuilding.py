@@ -18,7 +18,7 @@ from torch import nn
 from anycard.checkpoint import Checkpoint
 from anycard.errors import ChoiceError, FormatError, UntrustedError
 from anycard.names.choosing import pick
-from anycard.names.stored import inert_wrapper, module_state, wrapped_module
+from anycard.names.pickled_modules import inert_wrapper, module_state, wrapped_module
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 from anycard.torch.dtypes import TO_TORCH

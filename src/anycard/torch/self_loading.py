@@ -96,9 +96,15 @@ class _Watch(TorchFunctionMode):
             self._copied(args[0], args[1])
         elif args and id(args[0]) in self.given:
             self._follow(name, args[0], result)
+            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name not in _SAME):
+                self._forget(self.given[id(args[0])])
         elif name not in METADATA and any(id(value) in self.shadows for value in (*args, *(kwargs or {}).values())):
             self.trace.computed = True  # a shadow was used for more than a look at its shape
         return result
+
+    def _forget(self, stored: str) -> None:
+        """A placeholder was written to: no alias of it stands for the stored tensor any more."""
+        self.given = {alias: name for alias, name in self.given.items() if name != stored}
 
     def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
         stored = self.given.get(id(source))

@@ -11,7 +11,7 @@ from torch import nn
 
 from anycard.errors import CheckpointError
 from anycard.names.paths import join, translated
-from anycard.torch.modules import canonical_paths, live_wrapper, refuse_assigned_state_dict
+from anycard.torch.modules import canonical_paths, live_wrapper, refuse_assigned_state_dict, walk
 
 
 def state_of(model: nn.Module) -> tuple[OrderedDict[str, Any], dict[str, Any]]:
@@ -47,11 +47,12 @@ def _keeps(model: nn.Module, path: str, paths: Mapping[str, str]) -> bool:
 
 
 def _wrapper_names(model: nn.Module) -> dict[str, str]:
+    """Live name -> canonical name of what belongs to wrappers."""
     found = {}
-    for path, module in model.named_modules():
+    for live, canonical, module in walk(model):
         row = live_wrapper(module)
         for name in row.own if row is not None else ():
-            found[join(path, name)] = name
+            found[join(live, name)] = join(canonical, name)
     return found
 
 

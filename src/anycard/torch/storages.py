@@ -111,7 +111,7 @@ class SharedStorages(Storages):
 
 def _span_bytes(storage: torch.UntypedStorage, start: int, nbytes: int) -> memoryview:
     """A part of a storage on the CPU, zeros beyond its end."""
-    flat = torch.zeros(nbytes, dtype=torch.uint8)
+    flat = torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
     there = min(nbytes, storage.nbytes() - start)
     held = torch.empty(0, dtype=torch.uint8, device=storage.device)
     flat[:there] = held.set_(storage, start, (there,))  # type: ignore[call-overload]
@@ -152,5 +152,5 @@ def dense_bytes(tensor: torch.Tensor, *, row_major_order: bool) -> memoryview:
 
 def _bytes_of(storage: torch.UntypedStorage, start: int, nbytes: int) -> memoryview:
     """A stretch of a CPU storage; the view keeps it alive."""
-    flat = torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,))  # type: ignore[call-overload]
+    flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, start, (nbytes,))  # type: ignore[call-overload]
     return memoryview(flat.numpy().data)

@@ -1,0 +1,136 @@
+"""Walk a file's object: every tensor and every other part by its full path. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from anycard.errors import FormatError
+from anycard.limits import DEFAULT, Limits
+from anycard.names.paths import join
+from anycard.names.pickled_modules import module_state, wrapped_module
+from anycard.pickles.stubs import Inert
+from anycard.tensors import TensorInfo
+
+
+@dataclass
+class Contents:
+    """What a walk over a file's object finds.
+
+    Attributes:
+        tensors: Full path -> tensor.
+        objects: Full path -> anything else: leaves of plain data, numpy arrays, inert stubs.
+        above: Full path of a stub -> `id` of everything that holds it, so that links back are told.
+    """
+
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    objects: dict[str, object] = field(default_factory=dict)
+    above: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
+    """Every tensor and every other part of a file's object, by full path.
+
+    Raises:
+        FormatError: More parts, deeper nesting or more sharing than `limits` allow, or two tensors of one path.
+    """
+    found = Contents()
+    stack: list[tuple[str, object, tuple[int, ...], bool]] = [("", tree, (), False)]
+    count = _Count(limits)
+    while stack:
+        path, obj, above, repeated = stack.pop()
+        count.one(repeated)
+        if isinstance(obj, TensorInfo):
+            _keep(found, path, obj)
+            continue
+        children = _children(obj)
+        if not children:
+            if not (isinstance(obj, Inert) and module_state(obj) is not None):
+                found.objects[path] = obj
+            continue
+        if id(obj) in above:
+            continue
+        if len(above) > limits.depth:
+            raise FormatError(f"the file's object is nested deeper than {limits.depth} levels at {path[:200]}")
+        if isinstance(obj, Inert):
+            found.objects[path] = obj
+            found.above[path] = above
+        repeated = count.again(obj) or repeated
+        inside = (*above, id(obj))
+        arrays = holds_weights(obj)
+        for name, child in reversed(children):
+            if isinstance(child, TensorInfo) and child.is_array and not arrays:
+                found.objects[join(path, name)] = child
+            else:
+                stack.append((join(path, name), child, inside, repeated))
+    return found
+
+
+def _keep(found: Contents, path: str, info: TensorInfo) -> None:
+    if path in found.tensors and found.tensors[path].place != info.place:
+        raise FormatError(f"two tensors have one path, {path!r}: names with dots beside dicts in dicts", name=path)
+    found.tensors[path] = info
+
+
+class _Count:
+    """Bounds on a walk: parts in all, and parts that were met before."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._nodes = 0
+        self._repeats = 0
+        self._seen: set[int] = set()
+
+    def one(self, repeated: bool) -> None:
+        self._nodes += 1
+        self._repeats += repeated
+        if self._nodes > self._limits.nodes or self._repeats > self._limits.repeats:
+            raise FormatError("the file's object has more parts than anything real (a bomb?)")
+
+    def again(self, obj: object) -> bool:
+        """It was met before: what lies below counts as repeated."""
+        known = id(obj) in self._seen
+        self._seen.add(id(obj))
+        return known
+
+
+def holds_weights(obj: object) -> bool:
+    """numpy arrays in it are weights, as in a state dict of arrays: it is a dict of nothing but arrays and tensors."""
+    if not isinstance(obj, Mapping):
+        return False
+    return all(isinstance(value, TensorInfo) or name.endswith("_extra_state") for name, value in items(obj))
+
+
+def items(mapping: object) -> Iterator[tuple[str, object]]:
+    """The items of a mapping, names as text; nothing for anything else."""
+    if isinstance(mapping, Mapping):
+        for name, value in mapping.items():
+            yield str(name), value
+
+
+def _children(obj: object) -> list[tuple[str, object]]:
+    if isinstance(obj, Mapping):
+        return list(items(obj))
+    if isinstance(obj, (list, tuple)):
+        return [(str(index), value) for index, value in enumerate(obj)]
+    return list(_inert_children(obj)) if isinstance(obj, Inert) else []
+
+
+def _inert_children(obj: Inert) -> Iterator[tuple[str, object]]:
+    state = module_state(obj)
+    if state is not None:
+        for group in ("_parameters", "_buffers", "_modules"):
+            yield from ((name, value) for name, value in items(state.get(group)) if value is not None)
+        yield from ((n, v) for n, v in items(state) if not n.startswith("_") and isinstance(v, (TensorInfo, Mapping)))
+        return
+    inner = wrapped_module(obj)
+    if inner is not None:
+        yield "_orig_mod", inner
+        return
+    inside: object = obj.state
+    if isinstance(inside, Mapping):
+        yield from items(inside)
+    elif isinstance(inside, (list, tuple)):
+        yield from ((str(index), value) for index, value in enumerate(inside))
+    yield from ((str(index), value) for index, value in enumerate((*obj.args, *obj.items)))
+    yield from ((str(key), value) for key, value in obj.pairs)
