@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import functools
 import io
 import pickle
+import random
 import subprocess
 import sys
 import types
@@ -17,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 
 import anycard
 from helpers import (
@@ -1541,3 +1545,409 @@ def test_the_forgotten_call_of_a_wrapped_model(tmp_path):
     for name in ("a.pt", "b.pt"):
         for target in both(Small):
             assert_same(weights(anycard.load(tmp_path / name, target)), weights(source))
+
+
+# -- what goes wrong late ------------------------------------------------------------------------
+
+
+@bug("_into_objects restores the other objects, not the models")
+def test_an_optimizer_that_refuses_leaves_the_model_alone(tmp_path):
+    """In a dict of objects the model is filled first; where the optimizer then refuses, it is as it was."""
+    source = filled(Small())
+    anycard.save({"model": source, "optimizer": torch.optim.Adam(source.parameters())}, tmp_path / "a.ckpt")
+    model = filled(Small(), 5)
+    other = torch.optim.Adam([model.stem.weight])
+    before = other.state_dict()["param_groups"]
+    with unchanged(model), pytest.raises(anycard.CheckpointError, match="optimizer"):
+        anycard.load(tmp_path / "a.ckpt", {"model": model, "optimizer": other})
+    assert other.state_dict()["param_groups"] == before
+
+
+@pytest.mark.parametrize("dtype", [None, pytest.param(torch.float16, marks=bug("new memory is not taken back"))])
+def test_a_hook_that_raises_after_loading(tmp_path, dtype):
+    """A post-hook raises: an existing model is restored, also where it had got new memory."""
+    anycard.save(filled(Small()), tmp_path / "a.pth")
+    model = filled(Small(), 5)
+
+    def hook(module: nn.Module, keys: Any) -> None:
+        raise ZeroDivisionError
+
+    model.register_load_state_dict_post_hook(hook)
+    with unchanged(model), pytest.raises(ZeroDivisionError):
+        anycard.load(tmp_path / "a.pth", model, dtype=dtype)
+
+
+def test_extra_state_that_is_refused_after_loading(tmp_path):
+    """set_extra_state raises: the model's tensors are as they were."""
+
+    class Refuses(Stateful):
+        def set_extra_state(self, state: Any) -> None:
+            raise ZeroDivisionError
+
+    anycard.save(filled(Refuses(2, 2)), tmp_path / "a.pth")
+    model = filled(Refuses(2, 2), 5)
+    with unchanged(model), pytest.raises(ZeroDivisionError):
+        anycard.load(tmp_path / "a.pth", model)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_an_interrupt_in_the_middle(tmp_path, dtype):
+    """Ctrl-C while bytes are read: an existing small model is restored."""
+    anycard.save(filled(Small()), tmp_path / "a.pth")
+    model = filled(Small(), 5)
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        anycard.load(tmp_path / "a.pth", model, dtype=dtype, progress=stop)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_verify_finds_damage_before_an_existing_model_is_touched(tmp_path, suffix):
+    """One flipped bit: verify=True names the tensor and changes nothing; a factory's load checks by itself."""
+    path = tmp_path / f"a{suffix}"
+    anycard.save(filled(Small()), path)
+    data = bytearray(path.read_bytes())
+    with anycard.open(path) as ckpt:
+        data[ckpt.tensors["head.weight"].offset] ^= 1
+    path.write_bytes(data)
+    model = filled(Small(), 5)
+    with unchanged(model), pytest.raises(anycard.FormatError):
+        anycard.load(path, model, verify=True)
+    if suffix == ".pth":
+        with pytest.raises(anycard.FormatError, match=r"head\.weight"):
+            anycard.load(path, Small)
+
+
+# -- dicts of objects ----------------------------------------------------------------------------
+
+
+def test_a_whole_training_run_goes_out_and_comes_back(tmp_path):
+    """Model, optimizer, scheduler, scaler and random states: each is restored, plain torch reads the file."""
+
+    def run(seed: int) -> tuple[nn.Module, Any, Any, Any]:
+        model = filled(Small(), seed)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, 10), torch.amp.GradScaler("cpu")
+
+    model, optimizer, scheduler, scaler = run(0)
+    model.norm(model.stem(torch.rand(2, 2, 5))).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    tree = {
+        "model": nn.DataParallel(model), "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler,
+        "torch_rng": torch.get_rng_state(), "rng": random.getstate(), "numpy_rng": np.random.get_state(),
+        "losses": collections.defaultdict(list, {"train": [0.5, 0.25]}), "counts": collections.Counter("aab"),
+        "epoch": 3,
+    }  # fmt: skip
+    anycard.save(tree, tmp_path / "run.ckpt")
+    assert torch.load(tmp_path / "run.ckpt", weights_only=True)["losses"] == {"train": [0.5, 0.25]}
+    fresh = run(5)
+    objects = dict(zip(("model", "optimizer", "scheduler", "scaler"), fresh, strict=True))
+    state = anycard.load(tmp_path / "run.ckpt", objects)
+    assert_same(weights(fresh[0]), weights(model))
+    momentum = (o.state_dict()["state"][0]["momentum_buffer"] for o in (optimizer, fresh[1]))
+    assert_same_bits(*momentum)
+    assert fresh[2].state_dict() == scheduler.state_dict()
+    assert fresh[3].state_dict() == scaler.state_dict()
+    assert state["epoch"] == 3 and state["counts"] == {"a": 2, "b": 1}
+    random.setstate(state["rng"])
+    torch.set_rng_state(state["torch_rng"])
+
+
+def test_what_cannot_be_saved_is_named_by_its_path(tmp_path):
+    """An object of a class of its own: named by its place, and the old file stays."""
+    (tmp_path / "a.ckpt").write_bytes(b"old")
+    for odd in (argparse.Namespace(a=1), lambda: 1, torch.Generator(), io.StringIO()):
+        with pytest.raises(anycard.CheckpointError, match=r"config\.1"):
+            anycard.save({"model": Small(), "config": [1, odd]}, tmp_path / "a.ckpt")
+    assert (tmp_path / "a.ckpt").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("tree", [{"module": ...}, {"module": ..., "optimizer": None, "global_steps": 3}])
+def test_deepspeeds_key_is_not_a_wrapper(tmp_path, tree):
+    """{"module": state dict, ...}: the outer key goes, the names are the model's."""
+    source = filled(Small())
+    torch.save(tree | {"module": source.state_dict()}, tmp_path / "a.pt")
+    assert_same(weights(anycard.load(tmp_path / "a.pt", Small)), weights(source))
+    assert_same(anycard.read(tmp_path / "a.pt"), weights(source))
+
+
+def test_the_reference_scripts_of_torchvision(tmp_path):
+    """model and model_ema in one file: both fit, so both are named; key= gives either, with its counter."""
+    source, ema = filled(Small()), AveragedModel(filled(Small(), 1))
+    ema.n_averaged.fill_(9)
+    tree = {"model": source.state_dict(), "model_ema": ema.state_dict(), "epoch": 1, "args": argparse.Namespace(a=1)}
+    torch.save(tree, tmp_path / "a.pth")
+    for target in (Small, nn.DataParallel(Small())):
+        with pytest.raises(anycard.CheckpointError, match="model_ema"):
+            anycard.load(tmp_path / "a.pth", target)
+    assert_same(weights(anycard.load(tmp_path / "a.pth", Small, key="model_ema")), weights(ema.module))
+    assert int(anycard.load(tmp_path / "a.pth", AveragedModel(Small()), key="model_ema").n_averaged) == 9
+
+
+def test_averages_of_another_library(tmp_path):
+    """timm's ModelEmaV2 keeps the model under `module`: its file fits the bare model, and the other way round."""
+    from timm.utils import ModelEmaV2
+
+    source = filled(Small())
+    ema = ModelEmaV2(source)
+    anycard.save(ema, tmp_path / "ours.pth")
+    torch.save({"state_dict_ema": ema.state_dict()}, tmp_path / "theirs.pth")
+    anycard.save(source, tmp_path / "bare.pth")
+    for name in ("ours.pth", "theirs.pth", "bare.pth"):
+        assert_same(weights(anycard.load(tmp_path / name, Small)), weights(source))
+        assert_same(weights(anycard.load(tmp_path / name, ModelEmaV2(filled(Small(), 5))).module), weights(source))
+
+
+# -- whole models of odd make --------------------------------------------------------------------
+
+
+def add_one(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output + 1
+
+
+class Odd(nn.Module):
+    """Keeps things that people keep on models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.same = self.fc
+        self.register_buffer("table", torch.arange(3.0), persistent=False)
+        self.slice = torch.rand(4)[1:3]
+        self.activation = nn.functional.relu
+        self.add = functools.partial(torch.add, 1)
+        self.dtype, self.shape, self.device = torch.bfloat16, torch.Size([1, 2]), torch.device("cpu")
+        self.names = {"b", "a"}
+        self.counts = collections.defaultdict(int, {1: 2})
+        self.order = OrderedDict(a=1)
+        self.array, self.score = np.arange(3), np.float32(2)
+        self.fc.register_forward_hook(add_one)
+        self.fc.requires_grad_(False)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_whole_model_with_odd_attributes(tmp_path, plain):
+    """Shared modules, hooks, arrays, sets, partials, sizes: rebuilt with exactly the classes that the error names."""
+    model = filled(Odd())
+    torch.save(model, tmp_path / "a.pt") if plain else anycard.save(model, tmp_path / "a.pt", whole=True)
+    assert_same(anycard.read(tmp_path / "a.pt"), weights(model))
+    with pytest.raises(anycard.UntrustedError) as caught:
+        anycard.load(tmp_path / "a.pt")
+    for rebuilt in (
+        torch.load(tmp_path / "a.pt", weights_only=False),
+        anycard.load(tmp_path / "a.pt", allow=list(caught.value.needed)),
+    ):
+        assert_same(everything(rebuilt), everything(model))
+        assert rebuilt.fc is rebuilt.same
+        assert not rebuilt.fc.weight.requires_grad
+        assert_same_bits(rebuilt.slice, model.slice)
+        x = torch.rand(1, 2)
+        assert_same_bits(rebuilt.fc(x), model.fc(x))
+        assert rebuilt.add(2) == 3 and rebuilt.activation is nn.functional.relu
+        assert (rebuilt.dtype, rebuilt.shape, rebuilt.device) == (model.dtype, model.shape, model.device)
+        assert rebuilt.names == {"a", "b"} and rebuilt.counts[1] == 2
+        assert (rebuilt.array == model.array).all() and rebuilt.score == 2 and rebuilt.order == model.order
+
+
+@bug("the reader gives a plain tuple and a plain dict for these")
+@pytest.mark.parametrize("value", [torch.Size([2, 3]), collections.defaultdict(list), collections.Counter("aab")])
+def test_containers_on_a_whole_model_keep_their_class(tmp_path, value):
+    """A torch.Size, a defaultdict or a Counter that a whole model keeps is one again after anycard.load."""
+    model = nn.Linear(2, 2)
+    model.kept = value
+    anycard.save(model, tmp_path / "a.pt", whole=True)
+    assert type(torch.load(tmp_path / "a.pt", weights_only=False).kept) is type(value)
+    try:
+        kept = anycard.load(tmp_path / "a.pt").kept
+    except anycard.UntrustedError as error:
+        kept = anycard.load(tmp_path / "a.pt", allow=list(error.needed)).kept
+    assert type(kept) is type(value) and kept == value
+
+
+class WithLambda(nn.Module):
+    """Keeps what cannot be pickled, some levels down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(2, 2)])
+        self.blocks[0].act = lambda x: x
+
+
+def test_what_cannot_be_pickled_is_named_by_its_path(tmp_path):
+    """A lambda on a submodule: the error says where, and the old file stays."""
+    (tmp_path / "a.pt").write_bytes(b"old")
+    with pytest.raises(anycard.CheckpointError, match=r"blocks\.0\.act"):
+        anycard.save(WithLambda(), tmp_path / "a.pt", whole=True)
+    assert (tmp_path / "a.pt").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@bug("write_whole lets the RuntimeError of parametrised modules through")
+def test_a_parametrised_model_as_a_whole(tmp_path):
+    """torch cannot pickle a parametrised module: a CheckpointError names it, and its weights can be saved."""
+    model = nn.Sequential(nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    with pytest.raises(anycard.CheckpointError, match="1"):
+        anycard.save(model, tmp_path / "a.pt", whole=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_whole_model_with_old_norms(tmp_path):
+    """The old weight and spectral norm keep hook objects: the file works in torch, here by allow=, and for weights."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2)), nn.utils.spectral_norm(nn.Linear(2, 2))).eval()
+
+    model = build()
+    anycard.save(model, tmp_path / "a.pt", whole=True)
+    x = torch.ones(1, 2)
+    assert_same_bits(torch.load(tmp_path / "a.pt", weights_only=False)(x), model(x))
+    try:
+        rebuilt = anycard.load(tmp_path / "a.pt")
+    except anycard.UntrustedError as error:
+        rebuilt = anycard.load(tmp_path / "a.pt", allow=list(error.needed))
+    assert_same_bits(rebuilt(x), model(x))
+    assert_same(weights(anycard.load(tmp_path / "a.pt", build)), weights(model))
+
+
+def test_a_whole_model_of_torchs_own_layers_needs_no_trust(tmp_path):
+    """Recurrent, attention and embedding layers rebuild without allow= and compute the same."""
+    layers = {"gru": nn.GRU(2, 3), "enc": nn.TransformerEncoderLayer(4, 2, 4), "bag": nn.EmbeddingBag(3, 2)}
+    model = filled(nn.ModuleDict(layers)).eval()
+    anycard.save(model, tmp_path / "a.pt", whole=True)
+    rebuilt = anycard.load(tmp_path / "a.pt")
+    x, y = torch.rand(2, 1, 2), torch.rand(2, 1, 4)
+    assert_same(weights(rebuilt), weights(model))
+    assert_same_bits(rebuilt["gru"](x)[0], model["gru"](x)[0])
+    assert_same_bits(rebuilt["enc"](y), model["enc"](y))
+
+
+# -- other odds ----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("keys", "prefix"),
+    [
+        (("generator",), "module."),
+        pytest.param(
+            ("state_dict",), "model.net.", marks=bug("names that a hook translates have no vote for the prefix")
+        ),
+        pytest.param(
+            ("generator", "discriminator"), "module.", marks=bug("names that a hook translates do not count as a fit")
+        ),
+    ],
+)
+def test_a_vocoders_old_names_below_a_key(tmp_path, keys, prefix):
+    """Nothing but old weight norm names, below a key and a prefix, beside another network: found by what fits."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2, bias=False)))
+
+    old = nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2, bias=False)))
+    tree: dict[str, Any] = {"steps": 4}
+    for key in keys:
+        net = old if key == keys[0] else nn.Sequential(nn.Conv1d(3, 4, 5))
+        tree[key] = {prefix + k: v for k, v in net.state_dict().items()}
+    torch.save(tree, tmp_path / "a.pth")
+    assert_same_bits(anycard.load(tmp_path / "a.pth", build)[0].parametrizations.weight.original1, old[0].weight_v)
+
+
+def test_a_module_that_loads_itself_under_two_names(tmp_path):
+    """One weight-normed module under two attributes is filled once, right, and stays one."""
+
+    def build() -> nn.Module:
+        model = nn.ModuleDict({"a": nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))})
+        model["b"] = model["a"]
+        return model
+
+    source = filled(build())
+    torch.save(source.state_dict(), tmp_path / "theirs.pth")
+    anycard.save(source, tmp_path / "ours.pth")
+    for name in ("theirs.pth", "ours.pth"):
+        for target in both(build):
+            loaded = anycard.load(tmp_path / name, target)
+            assert loaded["a"] is loaded["b"]
+            assert_same(weights(loaded), weights(source))
+
+
+def test_parameters_that_are_views_of_one_flat_memory(tmp_path):
+    """A flattened model is saved like any other, and is filled within its flat memory."""
+    source = filled(Small())
+    anycard.save(source, tmp_path / "a.pth")
+    model = filled(Small(), 5)
+    flat, start = torch.zeros(sum(p.numel() for p in model.parameters())), 0
+    for parameter in model.parameters():
+        parameter.data = flat[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    anycard.load(tmp_path / "a.pth", model)
+    assert_same(weights(model), weights(source))
+    assert_same_bits(flat, nn.utils.parameters_to_vector(source.parameters()).detach())
+    anycard.save(model, tmp_path / "b.pth")
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_modules_without_elements_and_without_tensors(tmp_path, suffix):
+    """An embedding of nothing and a layer without parameters are part of a model like any other."""
+
+    def build() -> nn.Module:
+        return nn.ModuleDict({"none": nn.Embedding(0, 3), "act": nn.ReLU(), "fc": nn.Linear(2, 2)})
+
+    anycard.save(filled(build()), tmp_path / f"a{suffix}")
+    for target in both(build):
+        assert_same(weights(anycard.load(tmp_path / f"a{suffix}", target)), weights(filled(build())))
+
+
+@bug("a file without tensors has no candidate")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_model_without_any_tensor(tmp_path, suffix):
+    """A model of nothing but activations goes out and comes back, as load_state_dict lets it."""
+    anycard.save(nn.ReLU(), tmp_path / f"a{suffix}")
+    anycard.load(tmp_path / f"a{suffix}", nn.ReLU())
+
+
+@pytest.mark.parametrize("only", ["stem", "stem.*", ["stem.weight", "stem.bias"], lambda n: n.startswith("stem")])
+def test_only_what_was_asked_for_changes(tmp_path, only):
+    """only= as a name, a glob, a list and a function: the rest may be of another shape and stays."""
+    source, model = filled(Small()), filled(Small(5), 5)
+    anycard.save(source, tmp_path / "a.pth")
+    want = weights(model) | {k: v for k, v in weights(source).items() if k.startswith("stem")}
+    anycard.load(tmp_path / "a.pth", model, only=only)
+    assert_same(weights(model), want)
+    with unchanged(model), pytest.raises(ValueError, match="matches none"):
+        anycard.load(tmp_path / "a.pth", model, only="nothing*")
+
+
+def test_only_in_a_factory_initialises_the_rest(tmp_path):
+    """What only= leaves out of a built model is initialised, not left as memory happened to be."""
+    source = filled(Small())
+    anycard.save(source, tmp_path / "a.pth")
+    loaded = anycard.load(tmp_path / "a.pth", Small, only="stem")
+    assert_same_bits(loaded.stem.weight, source.stem.weight)
+    assert 0 < loaded.head.weight.abs().max() <= 0.5
+    assert_same_bits(loaded.norm.running_var, torch.ones(4))
+
+
+@pytest.mark.parametrize("write", ["ours", "plain", "compiled", "whole"])
+def test_diff_and_fingerprint_do_not_see_wrappers(tmp_path, write):
+    """The same weights, however wrapped and in whatever file, are equal and have one fingerprint."""
+    source = filled(Small())
+    anycard.save(source, tmp_path / "a.safetensors")
+    path = tmp_path / "b.pth"
+    if write == "ours":
+        anycard.save(nn.DataParallel(source), path)
+    elif write == "plain":
+        torch.save(nn.DataParallel(source).state_dict(), path)
+    elif write == "compiled":
+        torch.save({"state_dict": torch.compile(source).state_dict()}, path)
+    else:
+        torch.save(nn.DataParallel(source), path)
+    with quiet():
+        assert anycard.diff(tmp_path / "a.safetensors", path).equal
+        with anycard.open(tmp_path / "a.safetensors") as one, anycard.open(path) as two:
+            assert one.fingerprint() == two.fingerprint()
