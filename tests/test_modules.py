@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import functools
 import io
 import pickle
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.flop_counter import FlopCounterMode
 
 import anycard
 from helpers import (
@@ -1951,3 +1953,224 @@ def test_diff_and_fingerprint_do_not_see_wrappers(tmp_path, write):
         assert anycard.diff(tmp_path / "a.safetensors", path).equal
         with anycard.open(tmp_path / "a.safetensors") as one, anycard.open(path) as two:
             assert one.fingerprint() == two.fingerprint()
+
+
+# -- more odds -----------------------------------------------------------------------------------
+
+
+def test_a_refused_cast_is_left_out_where_that_is_asked(tmp_path):
+    """strict=False: the float for an integer buffer is left out and said, the rest loads."""
+    torch.save({"w": torch.ones(3), "b": torch.ones(2)}, tmp_path / "a.pth")
+    model = nn.ParameterDict({"w": torch.zeros(3)})
+    model.register_buffer("b", torch.zeros(2, dtype=torch.int64))
+    told(lambda: anycard.load(tmp_path / "a.pth", model, strict=False), "b", "int64")
+    assert_same(weights(model), {"w": torch.ones(3), "b": torch.zeros(2, dtype=torch.int64)})
+
+
+class TwoBuffers(nn.Module):
+    """One buffer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        memory = torch.zeros(3)
+        self.register_buffer("a", memory)
+        self.register_buffer("b", memory)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_tied_buffers_stay_one(tmp_path, dtype):
+    """Ties of buffers hold like those of parameters: built, existing, on meta, cast."""
+    anycard.save(filled(TwoBuffers()), tmp_path / "a.pth")
+    for target in (TwoBuffers, TwoBuffers(), on_meta(TwoBuffers)):
+        loaded = anycard.load(tmp_path / "a.pth", target, dtype=dtype)
+        assert loaded.a is loaded.b
+        assert_same_bits(loaded.a, filled(TwoBuffers()).a.to(dtype or torch.float32))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda model: (model.state_dict(), 5),
+        lambda model: [model.state_dict(), torch.optim.Adam(model.parameters()).state_dict(), 3],
+        lambda model: (model, torch.optim.Adam(model.parameters()).state_dict()),
+        lambda model: {"epoch": 1, "model": None, "ema": model, "updates": 3},
+    ],
+    ids=["tuple", "list", "module in a tuple", "module under ema"],
+)
+def test_state_dicts_at_odd_places(tmp_path, place):
+    """In a tuple, a list, beside nothing under the usual key: the one state dict is found, and read."""
+    source = filled(Small())
+    torch.save(place(source), tmp_path / "a.pt")
+    for target in both(Small):
+        assert_same(weights(anycard.load(tmp_path / "a.pt", target)), weights(source))
+    assert_same(anycard.read(tmp_path / "a.pt"), weights(source))
+
+
+def test_a_model_of_odd_layouts_is_saved(tmp_path):
+    """Expanded, overlapping, flipped and permuted tensors go out in every format and read back equal."""
+    model = nn.Module()
+    model.register_buffer("expanded", torch.rand(1).expand(4, 4))
+    model.register_buffer("overlapping", torch.arange(5.0).unfold(0, 3, 1))
+    model.register_buffer("part", torch.rand(3, 4)[:, 1:3])
+    model.weight = nn.Parameter(torch.rand(2, 3, 4).permute(2, 0, 1))
+    want = weights(model)
+    for suffix in (".pth", ".safetensors"):
+        anycard.save(model, tmp_path / f"a{suffix}")
+        assert_same(anycard.read(tmp_path / f"a{suffix}"), want)
+    assert_same(torch.load(tmp_path / "a.pth", weights_only=True), want)
+    anycard.save(model, tmp_path / "whole.pt", whole=True)
+    assert_same(weights(torch.load(tmp_path / "whole.pt", weights_only=False)), want)
+
+
+@pytest.mark.parametrize("how", [{"suffix": ".pth"}, {"suffix": ".safetensors"}, {"suffix": ".pt", "whole": True}])
+def test_a_slice_of_a_large_tensor_is_saved_small(tmp_path, how):
+    """A view writes its own bytes only, whatever it is a view of."""
+    model = nn.Module()
+    model.register_buffer("x", torch.rand(100_000)[10:20])
+    path = tmp_path / f"a{how['suffix']}"
+    anycard.save(model, path, whole=how.get("whole", False))
+    assert path.stat().st_size < 5000
+
+
+@bug("Storages gives each view its own storage")
+def test_views_of_one_storage_stay_together_in_a_whole_model(tmp_path):
+    """In a whole model two overlapping views share memory after loading, as before; only their span is written."""
+    memory = torch.rand(100_000)
+    model = nn.Module()
+    model.register_buffer("x", memory[10:20])
+    model.register_buffer("y", memory[15:30])
+    anycard.save(model, tmp_path / "a.pt", whole=True)
+    assert (tmp_path / "a.pt").stat().st_size < 5000
+    for loaded in (torch.load(tmp_path / "a.pt", weights_only=False), anycard.load(tmp_path / "a.pt")):
+        loaded.x[5] = -1
+        assert loaded.y[0] == -1
+
+
+def test_buffers_that_a_new_version_added(tmp_path):
+    """Frequencies, ids, masks, norms of weights: persistent buffers that an old file lacks are computed."""
+
+    class Versioned(nn.Module):
+        def __init__(self, new: bool = True) -> None:
+            super().__init__()
+            self.word = nn.Embedding(8, 4)
+            if new:
+                self.register_buffer("frequency", 1.0 / (10000 ** (torch.arange(0, 4, 2).float() / 4)))
+                self.register_buffer("ids", torch.arange(6).expand(1, -1))
+                self.register_buffer("mask", torch.tril(torch.ones(4, 4)).view(1, 1, 4, 4))
+                self.register_buffer("length", self.word.weight.detach().norm(dim=1))
+
+    torch.save(filled(Versioned(new=False)).state_dict(), tmp_path / "a.pth")
+    with quiet():
+        loaded = anycard.load(tmp_path / "a.pth", Versioned, strict=False)
+    for name in ("frequency", "ids", "mask"):
+        assert_same_bits(getattr(loaded, name), getattr(Versioned(), name), name)
+    assert (loaded.length > 0).all() and loaded.length.isfinite().all()
+    assert_same_bits(loaded.word.weight, filled(Versioned(new=False)).word.weight)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_gradients_after_a_load(tmp_path, dtype):
+    """A model that was trained before is trained on after a load, also in another dtype."""
+    anycard.save(filled(Small()), tmp_path / "a.pth")
+    model = filled(Small(), 5)
+    model.stem(torch.rand(1, 2, 4)).sum().backward()
+    held = model.stem.weight.grad
+    anycard.load(tmp_path / "a.pth", model, dtype=dtype)
+    if dtype is None:
+        assert model.stem.weight.grad is held
+    model.stem(torch.rand(1, 2, 4).to(dtype or torch.float32)).sum().backward()
+
+
+def test_a_model_in_shared_memory_is_filled_there(tmp_path):
+    """share_memory(): other processes see the loaded values, for it is the same memory."""
+    anycard.save(filled(Small()), tmp_path / "a.pth")
+    model = filled(Small(), 5).share_memory()
+    place = model.stem.weight.data_ptr()
+    anycard.load(tmp_path / "a.pth", model)
+    assert model.stem.weight.is_shared() and model.stem.weight.data_ptr() == place
+    assert_same(weights(model), weights(filled(Small())))
+    assert_same(weights(anycard.load(tmp_path / "a.pth", lambda: Small().share_memory())), weights(filled(Small())))
+
+
+def test_other_modes_of_torch_do_not_disturb(tmp_path):
+    """no_grad, a dispatch mode of the caller's, deterministic algorithms: a load gives the same."""
+    anycard.save(filled(Small()), tmp_path / "a.pth")
+    want = weights(filled(Small()))
+    with torch.no_grad():
+        loaded = anycard.load(tmp_path / "a.pth", Small)
+    assert loaded.stem.weight.requires_grad
+    assert_same(weights(loaded), want)
+    with FlopCounterMode(display=False):
+        assert_same(weights(anycard.load(tmp_path / "a.pth", Small)), want)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same(weights(anycard.load(tmp_path / "a.pth", Small)), want)
+        assert_same(anycard.read(tmp_path / "a.pth"), want)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "rename", [{"foot": "stem"}, {"foot.": "stem."}, [("^foot", "stem")], lambda n: n.replace("foot", "stem")]
+)
+def test_renames_work_on_canonical_names(tmp_path, prefix, rename):
+    """A rename need not know how the file's model was wrapped, nor how this one is."""
+    source = filled(Small())
+    torch.save({prefix + k.replace("stem", "foot"): v for k, v in weights(source).items()}, tmp_path / "a.pth")
+    assert_same(weights(anycard.load(tmp_path / "a.pth", Small, rename=rename)), weights(source))
+    parallel = anycard.load(tmp_path / "a.pth", nn.DataParallel(Small()), rename=rename)
+    assert_same(weights(parallel.module), weights(source))
+
+
+def test_a_part_of_a_larger_model(tmp_path):
+    """The file of a model with two encoders, for one encoder: both places are named, key= picks one."""
+    large = filled(nn.ModuleDict({"enc": nn.Sequential(nn.Linear(2, 2)), "dec": nn.Sequential(nn.Linear(2, 2))}))
+    anycard.save(large, tmp_path / "a.pth")
+    part = filled(nn.Sequential(nn.Linear(2, 2)), 5)
+    with unchanged(part), pytest.raises(anycard.CheckpointError, match=r"enc.*dec"):
+        anycard.load(tmp_path / "a.pth", part)
+    anycard.load(tmp_path / "a.pth", part, key="dec")
+    assert_same(weights(part), weights(large["dec"]))
+
+
+def test_a_dict_of_objects_is_checked_before_any_is_filled(tmp_path):
+    """Two models: where the second does not fit, or is not in the file, the first is as it was."""
+    one, two = filled(Small()), filled(Small(7), 1)
+    anycard.save({"g": nn.DataParallel(one), "d": two}, tmp_path / "a.ckpt")
+    g, d, bad = filled(Small(), 5), nn.DataParallel(filled(Small(7), 6)), filled(Small(8), 6)
+    for objects in ({"g": g, "d": bad}, {"g": g, "nothing": d}):
+        with unchanged(g), unchanged(bad), pytest.raises(anycard.MismatchError):
+            anycard.load(tmp_path / "a.ckpt", objects)
+    anycard.load(tmp_path / "a.ckpt", {"g": g, "d": d})
+    assert_same(weights(g), weights(one))
+    assert_same(weights(d.module), weights(two))
+    assert_same(weights(anycard.load(tmp_path / "a.ckpt", lambda: Small(7))), weights(two))
+
+
+def test_a_dict_of_objects_from_plain_torch(tmp_path):
+    """What torch.save wrote by hand fills a dict of objects just the same."""
+    source = filled(Small())
+    optimizer = torch.optim.Adam(source.parameters(), lr=0.25)
+    tree = {"net": nn.DataParallel(source).state_dict(), "opt": optimizer.state_dict(), "epoch": 2}
+    torch.save(tree, tmp_path / "a.ckpt")
+    model = filled(Small(), 5)
+    other = torch.optim.Adam(model.parameters())
+    state = anycard.load(tmp_path / "a.ckpt", {"net": model, "opt": other})
+    assert state["epoch"] == 2 and other.param_groups[0]["lr"] == 0.25
+    assert_same(weights(model), weights(source))
+
+
+def test_dtype_is_for_floats_only(tmp_path):
+    """dtype= as a dtype or its name changes floats; counters, integers and complex numbers stay."""
+    source = filled(Small())
+    source.register_buffer("rotation", torch.ones(2, dtype=torch.complex64))
+    source.register_buffer("ids", torch.arange(2))
+    anycard.save(source, tmp_path / "a.pth")
+    for dtype in ("float16", "torch.float16", torch.float16):
+        loaded = anycard.load(tmp_path / "a.pth", copy.deepcopy(source), dtype=dtype)
+        assert (loaded.rotation.dtype, loaded.ids.dtype) == (torch.complex64, torch.int64)
+        assert {p.dtype for p in loaded.parameters()} == {torch.float16}
+        assert (loaded.norm.running_mean.dtype, loaded.norm.num_batches_tracked.dtype) == (torch.float16, torch.int64)
+    with unchanged(source), pytest.raises(ValueError, match="float33"):
+        anycard.load(tmp_path / "a.pth", source, dtype="float33")
