@@ -23,16 +23,12 @@ from corpus.fetch import Row, rows, sha256
 # The formats that anycard reads. A new format joins here: the tests below then hold its files against the
 # truth instead of expecting a refusal (and `truth/` gets facts for its files where they are lacking).
 READ = {"torch zip", "legacy stream", "safetensors"}
-ARRAYS = "numpy arrays among the hyper-parameters count as tensors, and their dict as a second state dict"
-SEVENN, PESTO = "sevenn/checkpoint_sevennet_0.pth", "pesto_pitch/mir-1k_g7.ckpt"
-CYCLES = "plain data with links to its parents (omegaconf) is unfolded to a depth of 50: never ends"
 
 
-def params(*, read: bool, bugs: dict[str, str] | None = None) -> list[Any]:
-    """Rows of formats that are read, or that are not; files with a known bug expected to fail."""
+def params(*, read: bool) -> list[Any]:
+    """Rows of formats that are read, or that are not."""
     chosen = [row for row in rows() if (row.kind in READ) is read]
-    marks = {name: [pytest.mark.xfail(strict=True, reason=why)] for name, why in (bugs or {}).items()}
-    return [pytest.param(row, id=f"{row.name}-{row.sha256[:4]}", marks=marks.get(row.name, [])) for row in chosen]
+    return [pytest.param(row, id=f"{row.name}-{row.sha256[:4]}") for row in chosen]
 
 
 def found(row: Row) -> Path:
@@ -60,7 +56,7 @@ def test_table() -> None:
         assert not Path(row.path).is_absolute() and ".." not in Path(row.path).parts
 
 
-@pytest.mark.parametrize("row", params(read=True, bugs={SEVENN: ARRAYS}))
+@pytest.mark.parametrize("row", params(read=True))
 def test_tensors(row: Row) -> None:
     """Names, dtypes, shapes and bytes are those that were read from the raw bytes without anycard."""
     with anycard.open(found(row)) as ckpt:
@@ -69,7 +65,7 @@ def test_tensors(row: Row) -> None:
         assert not anycard.verify(row.cached).damaged
 
 
-@pytest.mark.parametrize("row", params(read=True, bugs={SEVENN: ARRAYS}))
+@pytest.mark.parametrize("row", params(read=True))
 def test_weights(row: Row) -> None:
     """`weights` and `read` agree; a file without tensors is a ChoiceError."""
     path = found(row)
@@ -89,7 +85,7 @@ def test_weights(row: Row) -> None:
             assert read[name].contiguous().numpy().tobytes() == ckpt.numpy(name, raw=True).tobytes()
 
 
-@pytest.mark.parametrize("row", params(read=True, bugs={SEVENN: ARRAYS, PESTO: CYCLES}))
+@pytest.mark.parametrize("row", params(read=True))
 @pytest.mark.timeout(10)
 def test_there_and_back(row: Row, tmp_path: Path) -> None:
     """Converted to safetensors, to a torch zip and to safetensors again: the same bits, the same fingerprint."""
@@ -113,7 +109,6 @@ def test_there_and_back(row: Row, tmp_path: Path) -> None:
     assert places[0].read_bytes() == places[2].read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="the state dict is taken although the optimizer holds tensors")
 def test_convert_of_a_training_checkpoint_asks_for_a_key(tmp_path: Path) -> None:
     """Where something else holds tensors too (an optimizer), convert refuses with the list; `key=` picks."""
     row = next(row for row in rows() if row.name.startswith("chgnet/"))
@@ -133,7 +128,7 @@ run()
 """
 
 
-@pytest.mark.parametrize("row", params(read=True, bugs={SEVENN: ARRAYS, PESTO: CYCLES}))
+@pytest.mark.parametrize("row", params(read=True))
 def test_show_without_torch(row: Row) -> None:
     """`anycard show --json` lists exactly the tensors, in a process that has no torch."""
     command = [sys.executable, "-c", SHOW, str(found(row))]
@@ -149,7 +144,7 @@ def test_show_without_torch(row: Row) -> None:
 NOTHING_RUNS = """
 import importlib, json, os, pkgutil, sys
 out = os.fdopen(os.dup(1), "w")
-import anycard, anycard.cli.files, click.testing, numpy, ml_dtypes, blake3
+import anycard, anycard.cli.show, click.testing, numpy, ml_dtypes, blake3
 for found in pkgutil.walk_packages(anycard.__path__, "anycard."):
     if not found.name.startswith(("anycard.torch", "anycard.matrix", "anycard.__main__")):
         importlib.import_module(found.name)
@@ -172,13 +167,11 @@ def show(path):
     with anycard.open(path) as ckpt:
         for name in ckpt.tensors:
             ckpt.numpy(name, raw=True)
-        if not path.endswith("mir-1k_g7.ckpt"):  # never ends: see CYCLES
-            ckpt.objects
-        ckpt.tree, ckpt.metadata, ckpt.fingerprint()
+        ckpt.objects, ckpt.tree, ckpt.metadata, ckpt.fingerprint()
 
 current = None
 events, opened = [], set()
-HARMLESS = {"object.__getattr__", "object.__setattr__", "sys._getframe", "builtins.id", "array.__new__"}
+HARMLESS = {"ctypes.cdata", "object.__getattr__", "object.__setattr__", "sys._getframe", "builtins.id", "array.__new__"}
 
 def hook(event, args):
     if current is None or event in HARMLESS:

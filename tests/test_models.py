@@ -27,13 +27,6 @@ from helpers import (
     weights,
 )
 
-
-def bug(reason: str) -> Any:
-    """A known fault: the test says what is right, and will say so when it is mended."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
-NOT_SKIPPED = "nn.init's own functions reach the mode as one call, which runs them for real"
 with quiet():
     import timm
     import torchvision.models as vision
@@ -95,7 +88,6 @@ def test_resnet152_goes_out_and_comes_back(resnet152):
     gc.collect()
 
 
-@bug(NOT_SKIPPED)
 def test_building_resnet152_draws_nothing(resnet152):
     """Of its 60 million random numbers none is drawn."""
     with draws_nothing():
@@ -129,9 +121,7 @@ def test_weights_of_models_from_elsewhere(zoo, name, suffix):
         assert ZOO[name]().load_state_dict(theirs)
 
 
-OF_A_VERSION = pytest.param(
-    "mnasnet0_5", marks=bug("a whole model's weights come without versions, which mnasnet refuses")
-)
+OF_A_VERSION = pytest.param("mnasnet0_5")
 
 
 @pytest.mark.parametrize("name", [OF_A_VERSION if name == "mnasnet0_5" else name for name in ZOO])
@@ -346,10 +336,7 @@ def _initialised(how: Callable[[torch.Tensor], Any]) -> nn.Module:
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(kind, marks=() if kind in ("xavier", "own uniform", "randn times") else bug(NOT_SKIPPED))
-        for kind in RANDOM_LAYERS
-    ],
+    RANDOM_LAYERS,
 )
 def test_a_factory_whose_initialisation_is_skipped_draws_nothing(tmp_path, kind):
     """Random initialisation that the file overwrites is not carried out: the global generator stands still."""
@@ -488,7 +475,6 @@ def test_a_factory_that_gives_no_module(tmp_path):
         anycard.load(tmp_path / "a.pth", dict)
 
 
-@bug(NOT_SKIPPED)
 def test_a_plan_of_a_factory_draws_and_changes_nothing(tmp_path):
     """plan with a factory, or with a model, touches neither random state nor weights."""
     anycard.save(filled(nn.Linear(3, 3)), tmp_path / "a.pth")

@@ -94,7 +94,6 @@ def test_a_real_submodule_called_module_keeps_its_name(tmp_path, kind, stack):
         assert_same(anycard.load(path, other).module.state_dict(), want)
 
 
-@pytest.mark.xfail(strict=True, reason="canonical_name does not know live names without the activation segment")
 @pytest.mark.parametrize("inner", ["parallel", "compiled", "averaged"])
 @pytest.mark.parametrize("outer", ["checkpointed", "offloaded"])
 def test_wrappers_below_an_activation_wrapper_leave_no_segment(tmp_path, inner, outer):
@@ -156,7 +155,6 @@ def test_the_next_average_does_not_overwrite_weights_from_a_bare_file(tmp_path, 
     assert not torch.equal(other.module.head.weight, filled(Nested(), 5).head.weight)
 
 
-@pytest.mark.xfail(strict=True, reason="one n_averaged serves every AveragedModel of a model")
 @pytest.mark.parametrize("plain", [True, False])
 def test_two_averages_keep_their_own_counters(tmp_path, plain):
     """A model with two AveragedModels inside gets each one's counter back, not one for both."""
@@ -175,7 +173,6 @@ def test_two_averages_keep_their_own_counters(tmp_path, plain):
     assert (int(other.generator.n_averaged), int(other.critic.n_averaged)) == (3, 11)
 
 
-@pytest.mark.xfail(strict=True, reason="the mark keeps one n_averaged for the whole file")
 def test_two_averages_in_a_dict_keep_their_own_counters(tmp_path):
     """In a dict of objects each AveragedModel has its own counter."""
     one, two = averaged(filled(Nested())), averaged(filled(Nested(), 1))
@@ -243,7 +240,6 @@ def test_one_module_wrapped_and_bare_at_once_stays_one(tmp_path):
     assert_same_bits(anycard.load(tmp_path / "plain.pth", Both).net.weight, source.net.weight)
 
 
-@pytest.mark.xfail(strict=True, reason="_wrapper_names visits a shared module once")
 def test_one_average_under_two_names(tmp_path):
     """An AveragedModel that two attributes share leaves no counter among the weights."""
 
@@ -342,7 +338,6 @@ def test_whole_models_lose_wrappers_and_are_not_changed_by_it(tmp_path, stack):
         ["compiled", "parallel"],
         pytest.param(
             ["averaged"],
-            marks=pytest.mark.xfail(strict=True, reason="n_averaged of a pickled AveragedModel counts as unexpected"),
         ),
     ],
 )

@@ -36,6 +36,9 @@ def by_key(candidates: Sequence[StateDict], key: str, path: str) -> StateDict:
     for fits in (exact, tails):
         if len(fits) == 1:
             return fits[0]
+    below = [c for c in candidates if c.key.startswith(key + ".")]
+    if len(below) == 1:
+        return below[0]
     inner = [part for c in candidates if (part := subtree(c, key)) is not None]
     if len(inner) == 1:
         return inner[0]

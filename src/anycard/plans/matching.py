@@ -74,6 +74,8 @@ def find(
     if rename is not None:
         check_rename(rename)
     matches = _scored(candidates, shapes, rename)
+    if not matches and not shapes:
+        return Match(StateDict("", {}), "", {}, ())
     if not matches:
         raise ChoiceError(f"{path} holds no tensors that could be a model's weights", path=path)
     if unions and max(m.hits for m in matches) < len(shapes):
@@ -84,6 +86,29 @@ def find(
     if chosen.collision:
         raise MismatchError(chosen.collision, path=path)
     return chosen
+
+
+def last_resorts(candidates: Sequence[StateDict], shapes: Mapping[str, tuple[int, ...]]) -> list[Match]:
+    """Readings from below the path that all names share: for names that only the model's own hooks understand."""
+    lookup = _lookup(shapes)
+    found = []
+    for candidate in candidates[:10]:
+        variants = _variants(candidate)
+        shared = _shared_path([forms[0] for forms, _ in variants.values()])
+        for depth in range(1, min(len(shared), 6) + 1):
+            found.append(_read_from(candidate, ".".join(shared[:depth]), variants, lookup, None))
+        found.append(_read_from(candidate, "", variants, lookup, None))
+    return found
+
+
+def _shared_path(names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    low, high = min(names), max(names)
+    same = 0
+    while same < min(len(low), len(high)) - 1 and low[same] == high[same]:
+        same += 1
+    return low[:same]
 
 
 def _scored(
@@ -158,12 +183,14 @@ def _variants(candidate: StateDict) -> dict[str, _Stored]:
 
 
 def _forms(name: tuple[str, ...], nodes: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    places = [i for i, part in enumerate(name) if part == "module" and name[:i] in nodes][:6]
-    forms = []
-    for mask in range((1 << len(places)) - 1, -1, -1):
-        gone = {place for bit, place in enumerate(places) if mask >> bit & 1}
-        forms.append(tuple(part for i, part in enumerate(name) if i not in gone))
-    return forms
+    """The name without every `module` that may be a wrapper's, then with some of them, then as it is."""
+    places = [i for i, part in enumerate(name) if part == "module" and name[:i] in nodes]
+    some = places[:6]
+    forms = {tuple(part for i, part in enumerate(name) if i not in places): None}
+    for mask in range((1 << len(some)) - 1, -1, -1):
+        gone = {place for bit, place in enumerate(some) if mask >> bit & 1}
+        forms[tuple(part for i, part in enumerate(name) if i not in gone)] = None
+    return list(forms)
 
 
 def _lookup(shapes: Iterable[str]) -> dict[tuple[str, ...], str]:

@@ -8,11 +8,14 @@ right. After the load, `finish` does it for whatever the file did not fill.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from anycard.torch.overrides import ARITHMETIC, FILLS, METADATA, VIEWS, short_name
@@ -30,6 +33,8 @@ class _PutOff(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = short_name(func)
+        if (frame := _truncating()) is not None:
+            return self._truncate(frame, func, name, args, kwargs)
         if name in METADATA:
             return func(*args, **kwargs)
         if not args and "tensor" in kwargs:  # as torch.nn.init hands its own functions over
@@ -42,14 +47,26 @@ class _PutOff(TorchFunctionMode):
             self._settle((*args, *kwargs.values()))
         return func(*args, **kwargs)
 
+    def _truncate(self, frame: FrameType, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Within torch's `trunc_normal_`: the whole call is put off at its first draw, and its trials are passed by."""
+        target = frame.f_locals["tensor"]
+        if name in ("normal_", "uniform_") and args[0] is target:
+            rest = tuple(frame.f_locals[key] for key in ("mean", "std", "a", "b"))
+            self.pending.setdefault(_place(target), []).append((target.detach(), nn.init.trunc_normal_, rest, {}))
+            return target
+        if name in _TRIALS:
+            return args[0] if name.endswith("_") and not name.startswith("__") else torch.zeros((), dtype=torch.bool)
+        return func(*args, **kwargs)
+
     def _can_wait(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not (name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], torch.Tensor)):
             return False
         target = args[0]
         if target.is_meta or target.layout is not torch.strided or type(target) not in (torch.Tensor, nn.Parameter):
             return False
-        if any(isinstance(value, (torch.Tensor, list, tuple)) for value in (*args[1:], *kwargs.values())):
-            return False
+        values = (*args[1:], *kwargs.values())
+        if any(isinstance(value, (torch.Tensor, torch.Generator, list, tuple)) for value in values):
+            return False  # a generator of the model's own has to be drawn from in its turn
         fills = name in FILLS or getattr(func, "__module__", "") == "torch.nn.init"
         return fills or (_place(target) in self.pending and name in ARITHMETIC)
 
@@ -73,6 +90,21 @@ def _place(tensor: torch.Tensor) -> int:
         return int(tensor.untyped_storage().data_ptr())
 
 
+_TRUNCATE = getattr(getattr(nn.init, "_no_grad_trunc_normal_", None), "__code__", None)
+_TRIALS = frozenset(
+    "copy_ sub_ div_ pow_ mul_ add_ uniform_ normal_ log_ erfinv_ clamp_ gt lt __gt__ __lt__ any".split()
+)
+
+
+def _truncating() -> FrameType | None:
+    """The frame of torch's `trunc_normal_` that calls, unless it draws from a generator of its own."""
+    frame = sys._getframe(2)
+    if frame.f_code is not _TRUNCATE or frame.f_locals.get("generator") is not None:
+        return None
+    target = frame.f_locals["tensor"]
+    return frame if type(target) in (torch.Tensor, nn.Parameter) and target.layout is torch.strided else None
+
+
 class Built:
     """A model fresh from its factory, with what was put off."""
 
@@ -82,7 +114,11 @@ class Built:
 
     def finish(self, filled: Iterable[torch.Tensor]) -> None:
         """Initialise, in the order of `__init__`, all that is not among the tensors to be filled."""
-        skip = {_place(t) for t in filled if not t.is_meta and t.layout is torch.strided}
+        done = {id(tensor) for tensor in filled}
+        held = [t for m in self.model.modules() for t in (*m._parameters.values(), *m._buffers.values())]
+        dense = [t for t in held if t is not None and not t.is_meta and t.layout is torch.strided and not is_lazy(t)]
+        skip = {_place(t) for t in dense if id(t) in done}
+        skip -= {_place(t) for t in dense if id(t) not in done}  # views of one memory, of which some stay
         for place in [p for p in self._mode.pending if p not in skip]:
             self._mode.run(place)
 

@@ -7,16 +7,17 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
 from anycard.errors import MismatchError
 from anycard.pickles.stubs import Inert
-from anycard.torch.planning import OwnLoader, Work
 from anycard.torch.reading import materialise, read_tensor
 from anycard.torch.self_loading import overrides_entry, run_own_loading
 from anycard.torch.undo import Undo
+from anycard.torch.work import OwnLoader, Work
 from anycard.warning import warn
 
 
@@ -81,8 +82,21 @@ def _refused(name: str, why: str, work: Work) -> MismatchError:
 
 
 def _give_memory(module: nn.Module) -> None:
-    if any(t.is_meta and not is_lazy(t) for t in (*module.parameters(), *module.buffers())):
-        module.to_empty(device="cpu")
+    """Memory for what stands on the meta device, ties kept."""
+    made: dict[int, torch.Tensor] = {}
+    for inner in module.modules():
+        for held in (inner._parameters, inner._buffers):
+            for name, tensor in list(held.items()):
+                if tensor is None or not tensor.is_meta or is_lazy(tensor):
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = _with_memory(tensor)
+                held[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _with_memory(tensor: torch.Tensor) -> torch.Tensor:
+    fresh = torch.empty_like(tensor.detach(), device="cpu")
+    return nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
 
 
 def check_extras(work: Work) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from anycard.checkpoint import tensor_bytes
 from anycard.errors import DeviceError, MismatchError
-from anycard.torch.planning import Options, Work
+from anycard.tensors import TensorInfo, span_numel
+from anycard.torch.modules import Target
+from anycard.torch.reading import read_tensor
+from anycard.torch.work import Options, Work
 from anycard.warning import warn
 
 _MOST = 60  # lines of an error
@@ -62,9 +66,62 @@ def _refusal(work: Work, problems: list[str], nothing: bool) -> str:
 def _check_conflicts(work: Work) -> None:
     for a, first, b, second in work.conflicts:
         if first.dtype != second.dtype or tensor_bytes(first) != tensor_bytes(second):
-            raise MismatchError(
-                f"{a} and {b} are one tensor in the model, but the file stores two different ones. "
-                f"Untie them in the model, or pick one with only=. The model was not changed.",
-                plan=work.plan,
-                path=work.plan.path,
-            )
+            raise _contradiction(a, b, work)
+    for group in _overlapping(work.fills):
+        _check_overlap(group, work)
+
+
+def _contradiction(a: str, b: str, work: Work) -> MismatchError:
+    return MismatchError(
+        f"{a} and {b} are one memory in the model, but the file stores two different tensors. "
+        f"Untie them in the model, or pick one with only=. The model was not changed.",
+        plan=work.plan,
+        path=work.plan.path,
+    )
+
+
+_Fills = list[tuple[Target, TensorInfo]]
+
+
+def _overlapping(fills: _Fills) -> list[_Fills]:
+    """Targets that are different views of the same memory, such as a transposed tie."""
+    by_storage: dict[int, _Fills] = {}
+    for target, info in fills:
+        tensor = target.tensor
+        if tensor.layout is torch.strided and not tensor.is_meta and not is_lazy(tensor) and tensor.numel():
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((target, info))
+    return [group for group in by_storage.values() if len(group) > 1 and _overlap(group)]
+
+
+def _overlap(group: _Fills) -> bool:
+    reach = -1
+    for start, end in sorted(_extent(target.tensor) for target, _ in group):
+        if start < reach:
+            return True
+        reach = max(reach, end)
+    return False
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + span_numel(tuple(tensor.shape), tuple(tensor.stride())) * tensor.element_size()
+
+
+def _check_overlap(group: _Fills, work: Work) -> None:
+    """Write the stored values over one another in a copy of the memory, and see whether the first ones stay."""
+    first = group[0][0].tensor.detach()
+    memory = first.untyped_storage().clone()  # type: ignore[no-untyped-call]
+    views, values = [], []
+    for target, info in group:
+        own = target.tensor.detach()
+        if own.dtype != first.dtype or target.shape != info.shape:
+            continue
+        view = torch.empty(0, dtype=own.dtype, device=own.device)
+        view.set_(memory, own.storage_offset(), own.shape, own.stride())
+        values.append(read_tensor(info, target.name).to(own))
+        views.append((view, target.name))
+        view.copy_(values[-1])
+    last = views[-1][1] if views else ""
+    for (view, name), value in zip(views, values, strict=True):
+        if not torch.equal(view, value) and not bool(((view == value) | (view != view)).all()):
+            raise _contradiction(name, last, work)

@@ -17,9 +17,9 @@ from anycard.progress import Progress, counting
 from anycard.tensors import is_dense
 from anycard.torch.calling import call_loaders, check_extras, run_post_hooks, set_extras
 from anycard.torch.modules import walk
-from anycard.torch.planning import Options, Work, final_dtype
 from anycard.torch.reading import Fill, fill_tensors, naming
 from anycard.torch.undo import Undo
+from anycard.torch.work import Options, Work, final_dtype
 
 
 @dataclass

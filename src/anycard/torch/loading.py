@@ -20,9 +20,10 @@ from anycard.torch.checking import check
 from anycard.torch.devices import find_device
 from anycard.torch.filling import fill
 from anycard.torch.objects import load_objects
-from anycard.torch.planning import Options, Work, make_work
+from anycard.torch.planning import make_work
 from anycard.torch.rebuilding import rebuild_model
 from anycard.torch.undo import Undo
+from anycard.torch.work import Options, Work
 
 Path = str | os.PathLike[str] | BinaryIO
 

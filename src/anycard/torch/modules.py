@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from anycard.errors import CheckpointError
 from anycard.names.paths import join
-from anycard.names.wrappers import Wrapper, without_segments, wrapper_of
+from anycard.names.wrappers import Wrapper, wrapper_of
 
 
 @dataclass(eq=False)
@@ -98,12 +98,30 @@ def canonical_paths(model: nn.Module) -> dict[str, str]:
     Activation-checkpoint wrappers hide their own segment from their state dict, so the paths without it count too.
     """
     paths = {live: canonical for live, canonical, _ in walk(model)}
-    return {**{without_segments(live): canonical for live, canonical in paths.items()}, **paths}
+    hidden = "_checkpoint_wrapped_module"
+    seen = {".".join(p for p in live.split(".") if p != hidden): canonical for live, canonical in paths.items()}
+    return {**seen, **paths}
 
 
 def live_paths(model: nn.Module) -> dict[str, str]:
     """Canonical module path -> live module path, of the innermost module that has the canonical one."""
     return {canonical: live for live, canonical, _ in walk(model)}
+
+
+def not_stored(model: nn.Module) -> set[str]:
+    """Canonical names of the non-persistent buffers."""
+    walked = walk(model)
+    return {join(path, name) for _, path, m in walked for name in m._non_persistent_buffers_set}
+
+
+def on_meta(model: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
+    """Every parameter and buffer that has no memory yet, with its module."""
+    found = []
+    for _, path, module in walk(model):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_meta:
+                found.append((join(path, name), tensor, module))
+    return found
 
 
 def refuse_assigned_state_dict(model: nn.Module) -> None:

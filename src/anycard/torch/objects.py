@@ -14,9 +14,10 @@ from anycard.errors import CheckpointError, ChoiceError, MismatchError
 from anycard.progress import Progress
 from anycard.torch.checking import check
 from anycard.torch.filling import fill
-from anycard.torch.planning import Options, Work, make_work
+from anycard.torch.planning import make_work
 from anycard.torch.reading import materialise
 from anycard.torch.undo import Undo
+from anycard.torch.work import Options, Work
 
 
 def load_objects(

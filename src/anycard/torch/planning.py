@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 
 from anycard.checkpoint import Checkpoint
@@ -15,75 +13,22 @@ from anycard.names.choosing import by_key
 from anycard.names.paths import join, translated
 from anycard.names.stored import StateDict
 from anycard.plans.load_plan import LoadPlan, nearest_names
-from anycard.plans.matching import Match, Only, Rename, canonical_metadata, find, infos, selected
-from anycard.tensors import DTYPES, TensorInfo, row_major
-from anycard.torch.dtypes import FROM_TORCH, TO_TORCH
+from anycard.plans.matching import Match, canonical_metadata, find, infos, last_resorts, selected
+from anycard.tensors import TensorInfo, row_major
+from anycard.torch.dtypes import FROM_TORCH
 from anycard.torch.modules import (
     Target,
     canonical_paths,
     live_paths,
+    not_stored,
+    on_meta,
     refuse_assigned_state_dict,
     targets,
     unwrapped,
     walk,
 )
 from anycard.torch.self_loading import Trace, counts_batches, loads_itself, overrides_entry, trace
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `load` and `plan` that shape a plan."""
-
-    device: torch.device | None = None
-    dtype: torch.dtype | str | None = None
-    strict: bool = True
-    key: str | None = None
-    rename: Rename | None = None
-    only: Only | None = None
-
-
-@dataclass
-class OwnLoader:
-    """A module that loads itself: traced, or to be called with real tensors.
-
-    Attributes:
-        name, live: Its canonical path and its path in the module tree.
-        given: Names in the module tree -> the stored tensors that it is given.
-        metadata: Module paths in the tree -> what `_metadata` says of them.
-    """
-
-    module: nn.Module
-    name: str
-    live: str
-    given: dict[str, TensorInfo]
-    metadata: dict[str, dict[str, Any]]
-    trace: Trace
-
-
-@dataclass
-class Work:
-    """A plan, and the live things that it speaks of.
-
-    Attributes:
-        fills: Target -> stored tensor; one target for each distinct tensor of the model.
-        counters: Batch norms' counters that old files lack; they stay, or start at 0.
-        called: Modules that load themselves and have to be called with real tensors.
-        hooked: Modules whose own hooks run after the load.
-        extras: Module, its extra state's name, and the stored extra state.
-        conflicts: Tied names for which the file stores two tensors.
-        wrapper_state: A wrapper's own counter -> its new value.
-    """
-
-    plan: LoadPlan
-    model: nn.Module
-    match: Match
-    fills: list[tuple[Target, TensorInfo]] = field(default_factory=list)
-    counters: list[Target] = field(default_factory=list)
-    called: list[OwnLoader] = field(default_factory=list)
-    hooked: list[nn.Module] = field(default_factory=list)
-    extras: list[tuple[nn.Module, str, object]] = field(default_factory=list)
-    conflicts: list[tuple[str, TensorInfo, str, TensorInfo]] = field(default_factory=list)
-    wrapper_state: list[tuple[Target, int]] = field(default_factory=list)
+from anycard.torch.work import Options, OwnLoader, Work, final_dtype, loses_kind
 
 
 def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
@@ -101,7 +46,18 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
     if options.key is not None and not (unions and options.key not in {held.key for held in candidates}):
         candidates, unions = [by_key(candidates, options.key, ckpt.path)], []
     match = find(candidates, unions, shapes, options.rename, ckpt.path)
-    plan = LoadPlan(ckpt.path, type(unwrapped(model)).__name__, match.where, total=len(shapes))
+    work = _planned(ckpt, model, wanted, match, options)
+    if not match.hits and not work.plan.fits and options.rename is None and any(map(loads_itself, model.modules())):
+        for other in last_resorts(candidates, shapes):
+            again = _planned(ckpt, model, wanted, other, options)
+            if again.plan.fits:
+                return again
+    return work
+
+
+def _planned(ckpt: Checkpoint, model: nn.Module, wanted: list[Target], match: Match, options: Options) -> Work:
+    total = sum(not target.own for target in wanted)
+    plan = LoadPlan(ckpt.path, type(unwrapped(model)).__name__, match.where, total=total)
     work = Work(plan, model, match)
     _Planner(work, wanted, options, ckpt).run()
     return work
@@ -166,7 +122,7 @@ class _Planner:
         have = FROM_TORCH[final_dtype(target.tensor.dtype, info, self.options.dtype)]
         if info.dtype != have:
             self.plan.casts[target.name] = (info.dtype, have)
-            if _loses_kind(info.dtype, have):
+            if loses_kind(info.dtype, have):
                 self.plan.refused = (*self.plan.refused, target.name)
                 return
         self.work.fills.append((target, info))
@@ -329,7 +285,7 @@ class _Planner:
         self.work.fills = [group[0] for group in groups.values()]
 
     def _leftovers(self) -> None:
-        hidden = _not_stored(self.work.model)
+        hidden = not_stored(self.work.model)
         left = [n for n in self.stored if not (n in self.used or n in self.wanted)]
         left += self.spare_extras
         dropped = [n for n in left if n in hidden]
@@ -342,7 +298,7 @@ class _Planner:
         called = {id(m) for loader in self.work.called for m in loader.module.modules()}
         filled = {id(target.tensor) for target, _ in self.work.fills}
         counters = {id(target.tensor) for target in self.work.counters}
-        bare = [held for held in _on_meta(self.work.model) if id(held[2]) not in called]
+        bare = [held for held in on_meta(self.work.model) if id(held[2]) not in called]
         self.plan.unfillable = tuple(name for name, tensor, _ in bare if id(tensor) not in filled | counters)
 
     def _lightning(self) -> bool:
@@ -366,36 +322,3 @@ class _Planner:
         spare = {n: self.stored[n] for n in plan.unexpected if n in self.stored}
         own = {n: t.shape for n, t in self.wanted.items()}
         plan.nearest = nearest_names(tuple(n for n in plan.missing if n in own), own, spare)
-
-
-def _not_stored(model: nn.Module) -> set[str]:
-    """Canonical names of the non-persistent buffers."""
-    walked = walk(model)
-    return {join(path, name) for _, path, m in walked for name in m._non_persistent_buffers_set}
-
-
-def _on_meta(model: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
-    """Every parameter and buffer that has no memory yet, with its module."""
-    found = []
-    for _, path, module in walk(model):
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and tensor.is_meta:
-                found.append((join(path, name), tensor, module))
-    return found
-
-
-def final_dtype(own: torch.dtype, info: TensorInfo, asked: torch.dtype | str | None) -> torch.dtype:
-    """The dtype that a tensor ends up with; `dtype=` counts for floating-point tensors only."""
-    if asked == "auto":
-        return TO_TORCH[info.dtype] if own.is_floating_point and DTYPES[info.dtype].kind == "float" else own
-    if isinstance(asked, torch.dtype) and own.is_floating_point:
-        return asked
-    return own
-
-
-_KINDS = {"bool": 0, "int": 1, "float": 2, "complex": 3}
-
-
-def _loses_kind(stored: str, own: str) -> bool:
-    have, want = _KINDS.get(DTYPES[stored].kind), _KINDS.get(DTYPES[own].kind)
-    return have is None or want is None or have > want

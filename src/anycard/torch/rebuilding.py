@@ -77,6 +77,8 @@ class _Builder:
         self.missing: dict[str, None] = {}
         self.made: dict[int, Any] = {}
         self.keep: list[Any] = []
+        self.uses: dict[int, set[object]] = {}
+        self.memory: dict[int, torch.UntypedStorage] = {}
 
     def refuse(self) -> None:
         """UntrustedError where anything is needed that was not allowed."""
@@ -106,6 +108,8 @@ class _Builder:
                     self.missing["a call of " + obj.callee.path] = None
                 stack += [*obj.args, *obj.kwargs.values(), obj.state, *obj.items]
                 stack += [part for pair in obj.pairs for part in pair]
+            elif isinstance(obj, TensorInfo):
+                self.uses.setdefault(id(obj.storage), set()).add(obj.place)
             elif isinstance(obj, Mapping):
                 stack += [*obj.keys(), *obj.values()]
             elif isinstance(obj, (list, tuple, set, frozenset)):
@@ -177,8 +181,19 @@ class _Builder:
         return made
 
     def _tensor(self, info: TensorInfo) -> torch.Tensor:
-        tensor = read_tensor(info)
+        tensor = self._view(info)
         return nn.Parameter(tensor, requires_grad=info.requires_grad) if info.parameter else tensor
+
+    def _view(self, info: TensorInfo) -> torch.Tensor:
+        """The tensor, in one memory with the others that are views of the same storage."""
+        if len(self.uses.get(id(info.storage), ())) < 2 or info.conj or info.neg or info.storage.big_endian:
+            return read_tensor(info)
+        if id(info.storage) not in self.memory:
+            whole = TensorInfo("uint8", (info.storage.nbytes,), info.storage)
+            self.memory[id(info.storage)] = read_tensor(whole).untyped_storage()
+        tensor = torch.empty(0, dtype=TO_TORCH[info.dtype], device="cpu")
+        offset = info.start // tensor.element_size()
+        return tensor.set_(self.memory[id(info.storage)], offset, info.shape, info.stride)
 
     def _object(self, obj: Inert) -> Any:
         kind = type(obj)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -57,7 +58,8 @@ class Undo:
     def restore(self, error: BaseException) -> None:
         """Take everything back; what cannot be is named in the error's `.changed` and message."""
         while self._steps:
-            self._steps.pop()()
+            with contextlib.suppress(Exception):  # the first error is the one to tell; the other steps matter too
+                self._steps.pop()()
         if not (self.started and self.lost):
             return
         text = f"{len(self.lost)} tensors of the model were overwritten at least in part; .changed names them."

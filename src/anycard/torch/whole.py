@@ -68,7 +68,7 @@ def _dumped(model: nn.Module, storages: Storages) -> tuple[bytes, list[str]]:
     pickler = _ModelPickler(out, storages)
     try:
         pickler.dump(unwrapped(model))
-    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+    except (pickle.PicklingError, TypeError, AttributeError, RuntimeError) as error:  # RuntimeError: parametrised ones
         where = _culprit(model)
         raise CheckpointError(f"{where} cannot be pickled: {error}", name=where) from error
     return out.getvalue(), pickler.devices
