@@ -14,11 +14,23 @@ from torch import nn
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    """The elements in row-major order as bytes: NaN and -0.0 are told apart."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    """The elements in row-major order as bytes: NaN and -0.0 are told apart.
+
+    The lazy conjugate and negative bits are resolved by signs, since torch's arithmetic changes signalling NaNs.
+    """
+    plain = tensor.detach().cpu()
+    conj, neg = plain.is_conj(), plain.is_neg()
+    plain = plain.conj() if conj else plain
+    plain = torch._neg_view(plain) if neg else plain
     flat = torch.empty(plain.numel(), dtype=plain.dtype)
     flat.view(plain.shape).copy_(plain)
-    return flat.view(torch.uint8).numpy().tobytes()
+    data = flat.view(torch.uint8).numpy()
+    part = flat.element_size() // (2 if flat.is_complex() else 1)
+    if conj:
+        data[2 * part - 1 :: 2 * part] ^= 0x80
+    if neg:
+        data[part - 1 :: part] ^= 0x80
+    return data.tobytes()
 
 
 def assert_same_bits(got: torch.Tensor, want: torch.Tensor, name: str = "") -> None:
