@@ -178,8 +178,8 @@ BELOW_ACTIVATION = False
 
 def wrapped(model: nn.Module, stack: list[str]) -> nn.Module:
     """The model in these wrappers, the innermost first."""
-    for name, below in zip(stack, ["", *stack], strict=False):
-        if name == below == "compiled":  # torch.compile of a compiled module gives a function
+    for name in stack:
+        if name == "compiled" and hasattr(model, "get_compiler_config"):  # torch.compile cannot, twice
             continue
         model = WRAPPERS[name](model)
     return model
