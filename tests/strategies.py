@@ -78,13 +78,22 @@ LAYOUTS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
 )  # fmt: skip
 
 
+# Whether conjugated or negated views are drawn that torch resolves into another order than row-major.
+LAZY_OUT_OF_ORDER = False
+
+
+def _settled(tensor: torch.Tensor) -> torch.Tensor:
+    resolved = tensor.resolve_conj().resolve_neg()
+    return tensor if LAZY_OUT_OF_ORDER or resolved is tensor or resolved.is_contiguous() else resolved.contiguous()
+
+
 @st.composite
 def tensors(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> torch.Tensor:
     """A tensor that is some view of some memory."""
     tensor = draw(dense_tensors(dtypes))
     for layout in draw(st.lists(st.sampled_from(LAYOUTS), max_size=2)):
         tensor = layout(tensor)
-    return tensor if tensor.dtype in dtypes else draw(dense_tensors(dtypes))
+    return _settled(tensor) if tensor.dtype in dtypes else draw(dense_tensors(dtypes))
 
 
 NAMES = st.one_of(

@@ -207,3 +207,12 @@ def test_a_whole_model_from_a_card(tmp_path):
     rebuilt = anycard.load(tmp_path / "whole.pt", device="cuda")
     assert devices(rebuilt) == {"cuda:0"}
     assert_same(on_cpu(rebuilt), on_cpu(model.module))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_transposed_view_with_gaps_on_a_card(tmp_path, suffix):
+    """What the copy to the CPU lays out in another order is saved with the right values."""
+    model = nn.Module()
+    model.register_buffer("x", torch.arange(24.0, device="cuda").view(4, 6)[:, ::2].t())
+    anycard.save(model, tmp_path / f"a{suffix}")
+    assert_same(anycard.read(tmp_path / f"a{suffix}"), on_cpu(model))
