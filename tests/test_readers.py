@@ -259,7 +259,7 @@ def test_zip_variants() -> None:
     tensor = torch.arange(100.0)
     data = saved({"a": tensor})
     deflated = rezip(data, lambda n, b: [(n, b)], zipfile.ZIP_DEFLATED)
-    assert index(deflated).tree["a"].storage.missing
+    assert same(index(deflated).tree["a"], tensor)
     assert index(
         rezip(data, lambda n, b: [(n, b), ("archive/.anycard.json", b'{"v": 1}')][: 1 + n.endswith("l")])
     ).mark == {"v": 1}
@@ -310,6 +310,6 @@ def test_storage_claims() -> None:
 
 def test_large_legacy_index_is_read_in_steps() -> None:
     given = {"text": ["x" * 1000 + str(i) for i in range(3000)], "w": torch.arange(5.0)}
-    tree = index(saved(given, new=False)).tree
+    tree = index(saved(given, new=False), Limits(chunk_nbytes=1 << 16)).tree
     assert tree["text"] == given["text"]
     assert same(tree["w"], given["w"])

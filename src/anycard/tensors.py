@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,6 +76,12 @@ BY_NUMPY: dict[str, DType] = {row.numpy[1:]: row for row in _ROWS if row.numpy}
 ARRAY = "array"  # key of the storage that holds a numpy array's inline bytes
 
 
+class Sliceable(Protocol):
+    """Bytes that are had by slices: in memory, or made when asked for."""
+
+    def __getitem__(self, cut: slice, /) -> bytes | bytearray: ...
+
+
 @dataclass(eq=False, slots=True)
 class Storage:
     """A stretch of bytes that tensors are views of: in a file, or held inline by a pickle.
@@ -86,7 +92,7 @@ class Storage:
         device: The tag that the file carries (`"cuda:7"`).
         source: What the bytes are read from; None for inline data and for meta tensors.
         offset: Byte offset in the source, or None where the bytes do not lie there as they are.
-        data: Inline bytes, or None.
+        data: Inline bytes, or what inflates a compressed record's; None where they lie in the source.
         crc: CRC-32 of all bytes, or None.
         big_endian: Elements are stored most significant byte first.
         missing: Why the bytes cannot be had, or "".
@@ -97,7 +103,7 @@ class Storage:
     device: str = "cpu"
     source: Source | None = None
     offset: int | None = None
-    data: bytes | None = None
+    data: Sliceable | None = None
     crc: int | None = None
     big_endian: bool = False
     missing: str = ""

@@ -1,8 +1,12 @@
-"""Read a zip's directory: record name -> checked byte range. Source: APPNOTE.TXT 4.3, 4.5.3."""
+"""Read a zip's directory: record name -> checked byte range. Source: APPNOTE.TXT 4.3, 4.5.3.
+
+Where archives are odd, this takes what torch's reader (miniz) takes, which is what "a torch zip" means.
+"""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from anycard.disk.source import Source
@@ -13,6 +17,13 @@ _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
+_FULL = 0xFFFFFFFF
+# How far from the end miniz looks for the end record: in blocks of 4,096 bytes that overlap by 3, until
+# 64 KiB and a record are behind it. What lies after the record is a comment, or was appended.
+_TAIL = 4_096 + 16 * 4_093
+_MOST_INFLATED = 64 << 20  # what compressed records may come to, whatever their ratio
+_RATIO = 100
+_DEFLATE = 1_032  # deflate's own bound
 
 
 class Record(NamedTuple):
@@ -30,45 +41,83 @@ def read_directory(source: Source, limits: Limits) -> dict[str, Record]:
     """The records by name.
 
     Raises:
-        FormatError: No end record (cut short), or any range that does not lie in the file.
+        FormatError: No end record (cut short), any range that does not lie in the file or that another
+            record uses too, or records that inflate to more than weights do.
     """
     count, size, start = _find_end(source)
     if count > limits.records or start + size > source.size or count * _ENTRY.size > size:
         raise FormatError(f"the zip directory claims {count:,} records in {size:,} bytes", offset=start)
-    data = source.read(start, size)
+    if size > limits.index_nbytes:
+        raise FormatError(f"the zip directory claims {size:,} bytes", offset=start)
+    data = source.read(start, size) if count else b""
     records: dict[str, Record] = {}
+    ranges = [(start, start + size, "the directory")]
     at = 0
     for _ in range(count):
-        record, at = _entry(source, data, at, start)
+        record, header, at = _entry(source, data, at, start)
         if record.name in records:
             raise FormatError(f"two records are called {record.name!r}", offset=start + at)
         records[record.name] = record
-    return records
+        ranges.append((header, record.offset + record.stored_nbytes, record.name))
+    _refuse_overlap(ranges)
+    _refuse_bomb(records.values(), start)
+    return _without_crc(records)
+
+
+def _refuse_overlap(ranges: list[tuple[int, int, str]]) -> None:
+    """Records that share bytes make a small file inflate without end, or are a lie."""
+    ranges.sort()
+    last, owner = 0, ""
+    for start, end, name in ranges:
+        if start < last:
+            raise FormatError(f"record {name!r} overlaps {owner!r}", offset=start)
+        last, owner = end, name
+
+
+def _refuse_bomb(records: Iterable[Record], start: int) -> None:
+    packed = [r for r in records if r.compressed]
+    inflated = sum(r.nbytes for r in packed)
+    if inflated > _MOST_INFLATED and inflated > _RATIO * sum(r.stored_nbytes for r in packed):
+        reason = f"inflate to {inflated:,} bytes, more than weights do (a bomb?)"
+        raise FormatError(f"the archive's records {reason}", offset=start)
+
+
+def _without_crc(records: dict[str, Record]) -> dict[str, Record]:
+    """torch writes CRC 0 for all records where CRCs are switched off; a single 0 is a CRC."""
+    if any(r.crc for r in records.values() if r.nbytes):
+        return records
+    return {name: r._replace(crc=None) if r.nbytes else r for name, r in records.items()}
 
 
 def _find_end(source: Source) -> tuple[int, int, int]:
-    tail_size = min(source.size, 65_557)
+    tail_size = min(source.size, _TAIL)
     tail = source.read(source.size - tail_size, tail_size)
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) - at < _END.size:
+    at = tail.rfind(b"PK\x05\x06", 0, max(len(tail) - _END.size + 4, 0))
+    if at < 0:
         raise FormatError(
             "the file is cut short: a zip archive whose directory, at its end, is not there. "
             "Copy or download the file again.",
             offset=source.size,
         )
     _, _, _, _, count, size, start, _ = _END.unpack_from(tail, at)
-    if at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07":
-        end64 = int.from_bytes(tail[at - 12 : at - 4], "little")
-        if end64 + _END64.size > source.size:
-            raise FormatError("the zip64 end record lies outside the file", offset=end64)
-        fields = _END64.unpack(source.read(end64, _END64.size))
-        if fields[0] != b"PK\x06\x06":
-            raise FormatError("the zip64 end record is damaged", offset=end64)
-        count, size, start = fields[7], fields[8], fields[9]
+    place = source.size - tail_size + at
+    if place >= 20 + _END64.size:
+        locator = source.read(place - 20, 20)
+        if locator.startswith(b"PK\x06\x07"):
+            return _find_end64(source, int.from_bytes(locator[8:16], "little")) or (count, size, start)
     return count, size, start
 
 
-def _entry(source: Source, data: bytes, at: int, base: int) -> tuple[Record, int]:
+def _find_end64(source: Source, at: int) -> tuple[int, int, int] | None:
+    """The zip64 end record, which wins over the classic one; None where there is none, as miniz has it."""
+    if at + _END64.size > source.size:
+        raise FormatError("the zip64 end record lies outside the file", offset=at)
+    fields = _END64.unpack(source.read(at, _END64.size))
+    return (fields[7], fields[8], fields[9]) if fields[0] == b"PK\x06\x06" else None
+
+
+def _entry(source: Source, data: bytes, at: int, base: int) -> tuple[Record, int, int]:
+    """A record, where its local header lies, and where the next entry begins."""
     if at + _ENTRY.size > len(data):
         raise FormatError("the zip directory ends within a record", offset=base + at)
     fields = _ENTRY.unpack_from(data, at)
@@ -76,46 +125,56 @@ def _entry(source: Source, data: bytes, at: int, base: int) -> tuple[Record, int
         raise FormatError("the zip directory is damaged", offset=base + at)
     flags, method, crc, stored, nbytes = fields[3], fields[4], fields[7], fields[8], fields[9]
     name_size, extra_size, comment_size, header = fields[10], fields[11], fields[12], fields[16]
-    end = at + _ENTRY.size + name_size + extra_size + comment_size
+    name_end = at + _ENTRY.size + name_size
+    end = name_end + extra_size + comment_size
     if end > len(data):
         raise FormatError("the zip directory ends within a record", offset=base + at)
-    raw = data[at + _ENTRY.size : at + _ENTRY.size + name_size]
-    extra = data[at + _ENTRY.size + name_size : at + _ENTRY.size + name_size + extra_size]
-    nbytes, stored, header = _zip64(extra, nbytes, stored, header)
+    raw = data[at + _ENTRY.size : name_end]
+    if _FULL in (nbytes, stored, header):
+        nbytes, stored, header = _zip64(data[name_end : name_end + extra_size], nbytes, stored, header, base + at)
     name = raw.decode("utf-8", "surrogateescape")
-    if flags & 1 or method not in (0, 8):
+    if flags & 0x2061 or method not in (0, 8):  # encrypted (three ways), patched
         raise FormatError(f"record {name!r} is encrypted or compressed in an unknown way", offset=base + at)
     if method == 0 and stored != nbytes:
         raise FormatError(f"record {name!r} has two sizes, {stored:,} and {nbytes:,}", offset=base + at)
+    if method == 8 and nbytes > _DEFLATE * (stored + 1):
+        raise FormatError(f"record {name!r} claims more than deflate can hold", offset=base + at)
     offset = _data_offset(source, header, name, raw)
     if offset + stored > source.size:
         raise FormatError(
             f"the file is cut short: record {name!r} needs {stored:,} bytes, the file ends at {source.size:,}",
             offset=offset,
         )
-    return Record(name, offset, nbytes, stored, crc or None, method == 8), end
+    return Record(name, offset, nbytes, stored, crc, method == 8), header, end
 
 
-def _zip64(extra: bytes, nbytes: int, stored: int, header: int) -> tuple[int, int, int]:
+def _zip64(extra: bytes, nbytes: int, stored: int, header: int, place: int) -> tuple[int, int, int]:
+    """Sizes and offset where 32 bits do not hold them: the field has those that are full, in this order."""
     at = 0
     while at + 4 <= len(extra):
         kind, size = struct.unpack_from("<2H", extra, at)
         if kind == 1:
-            values = [int.from_bytes(extra[i : i + 8], "little") for i in range(at + 4, at + 4 + size - 7, 8)]
-            full = [nbytes == 0xFFFFFFFF, stored == 0xFFFFFFFF, header == 0xFFFFFFFF]
+            held = extra[at + 4 : at + 4 + size]
+            values = [int.from_bytes(held[i : i + 8], "little") for i in range(0, len(held) - 7, 8)]
+            full = [nbytes == _FULL, stored == _FULL, header == _FULL]
             if len(values) < sum(full):
-                raise FormatError("a zip64 field is too short")
+                raise FormatError("a zip64 field is too short", offset=place)
             nbytes = values.pop(0) if full[0] else nbytes
             stored = values.pop(0) if full[1] else stored
             header = values.pop(0) if full[2] else header
+            break
         at += 4 + size
     return nbytes, stored, header
 
 
 def _data_offset(source: Source, header: int, name: str, raw: bytes) -> int:
-    if header + _LOCAL.size > source.size:
+    """Where the data begins. Sizes and CRC are the directory's: torch leaves them out of the local header."""
+    if header + _LOCAL.size + len(raw) > source.size:
         raise FormatError(f"record {name!r} lies outside the file", offset=header)
-    fields = _LOCAL.unpack(source.read(header, _LOCAL.size))
-    if fields[0] != b"PK\x03\x04" or fields[9] != len(raw):
+    data = source.read(header, _LOCAL.size + len(raw))
+    fields = _LOCAL.unpack_from(data)
+    if fields[0] != b"PK\x03\x04":
         raise FormatError(f"the header of record {name!r} is damaged", offset=header)
+    if fields[9] != len(raw) or data[_LOCAL.size :] != raw:
+        raise FormatError(f"record {name!r} has another name in its own header", offset=header)
     return header + _LOCAL.size + int(fields[9]) + int(fields[10])

@@ -26,9 +26,14 @@ class Row(NamedTuple):
 
 
 _MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # LONG1 of torch's legacy magic number
+_MAGIC_TEXT = b"L119547037146038801333356L\n"  # the same in pickle protocol 1
 FORMATS = (
     Row("torch zip", "anycard.formats.torch_zip", (b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06")),
-    Row("legacy stream", "anycard.formats.legacy", (_MAGIC, *(b"\x80" + bytes([p]) + _MAGIC for p in range(6)))),
+    Row(
+        "legacy stream",
+        "anycard.formats.legacy",
+        (_MAGIC, _MAGIC_TEXT, *(b"\x80" + bytes([p]) + _MAGIC for p in range(6))),
+    ),
     Row("legacy stream", "anycard.formats.legacy", tuple(b"\x80" + bytes([p]) + b"\x95" for p in (4, 5))),
 )
 _KNOWN = (
@@ -52,11 +57,16 @@ def read_index(source: Source, limits: Limits = DEFAULT) -> Index:
     if not head:
         raise FormatError("the file is empty (0 bytes), or the open file stands at its end", path=source.name, offset=0)
     for row in FORMATS:
-        if head.startswith(row.starts) and (row.module != "anycard.formats.legacy" or _MAGIC in head[:32]):
+        if head.startswith(row.starts) and (row.module != "anycard.formats.legacy" or _legacy(head)):
             return _read(row.module, source, limits)
     if _like_safetensors(head, source.size):
         return _read("anycard.formats.safetensors", source, limits)
     raise FormatError(_explain(head), path=source.name, offset=0)
+
+
+def _legacy(head: bytes) -> bool:
+    """The magic number is the first pickle's value, maybe behind a frame."""
+    return _MAGIC in head[:32] or head.startswith(_MAGIC_TEXT)
 
 
 def _read(module: str, source: Source, limits: Limits) -> Index:

@@ -6,19 +6,20 @@ Source: torch/serialization.py `_save`, `_load`; caffe2/serialize/inline_contain
 from __future__ import annotations
 
 import json
-import zlib
 from typing import Any
 
-from zlib_ng import zlib_ng
-
+from anycard.containers import inflated
+from anycard.containers.inflated import Inflated
 from anycard.containers.zip_directory import Record, read_directory
 from anycard.disk.source import Source
 from anycard.errors import FormatError
 from anycard.formats.index import Index
 from anycard.limits import Limits
-from anycard.pickles.known import StorageClass, StorageRef
 from anycard.pickles.machine import read_pickle
+from anycard.pickles.views import MOST_ELEMENTS, StoredStorage, is_storage_class, short
 from anycard.tensors import DTYPES, Storage
+
+_MOST_MARK = 16 << 20
 
 
 def read_index(source: Source, limits: Limits) -> Index:
@@ -27,93 +28,125 @@ def read_index(source: Source, limits: Limits) -> Index:
     Raises:
         FormatError: Damaged, or a zip of another kind.
     """
-    records = read_directory(source, limits)
-    folder = _folder(records)
-    data = record_bytes(source, records[folder + "data.pkl"], limits)
-    big = folder + "byteorder" in records and record_bytes(source, records[folder + "byteorder"], limits) == b"big"
-    storages = _Storages(source, records, folder, big)
-    tree, _ = read_pickle(data, persistent_load=storages.load, limits=limits, base=records[folder + "data.pkl"].offset)
-    return Index("torch zip", tree, source, mark=_mark(source, records, folder, limits), records=records)
+    archive = _Archive(source, read_directory(source, limits), limits)
+    record = archive.record("data.pkl")
+    if record.compressed and record.nbytes > max(1 << 20, 32 * record.stored_nbytes):
+        raise FormatError(
+            f"record {record.name!r} inflates to far more than pickles do (a bomb?)", offset=record.offset
+        )
+    storages = _Storages(archive)
+    data = bytes(record_bytes(source, record, limits))
+    tree, _ = read_pickle(data, persistent_load=storages.load, limits=limits, base=record.offset)
+    return Index("torch zip", tree, source, mark=archive.mark(), records=archive.records)
 
 
-def _folder(records: dict[str, Record]) -> str:
-    if any(name.endswith("/.data/extern_modules") for name in records):
-        raise FormatError("the file is a torch package, which is not read yet")
-    found = [name[: -len("data.pkl")] for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(found) != 1:
-        inside = ", ".join(repr(n) for n in list(records)[:12])
-        raise FormatError(f"the file is a zip archive, but no torch zip (no data.pkl in it); it holds {inside}")
-    if found[0] + "constants.pkl" in records:
-        raise FormatError("the file is a TorchScript archive, which is not read yet")
-    return found[0]
-
-
-def record_bytes(source: Source, record: Record, limits: Limits) -> bytes:
+def record_bytes(source: Source, record: Record, limits: Limits) -> bytes | bytearray:
     """A small record's bytes, inflated where it is compressed, checked against its CRC."""
-    if max(record.nbytes, record.stored_nbytes) > limits.index_nbytes:
-        raise FormatError(f"record {record.name!r} claims {record.nbytes:,} bytes", offset=record.offset)
-    data = source.read(record.offset, record.stored_nbytes)
-    if record.compressed:
-        data = _inflated(data, record)
-    if record.crc is not None and zlib_ng.crc32(data) != record.crc:
-        raise FormatError(f"record {record.name!r} is damaged: its CRC-32 does not match", offset=record.offset)
-    return data
+    return inflated.record_bytes(source, record, limits.index_nbytes)
 
 
-def _inflated(data: bytes, record: Record) -> bytes:
-    if record.nbytes > 1032 * (len(data) + 1):
-        raise FormatError(f"record {record.name!r} claims more than deflate can hold", offset=record.offset)
-    try:
-        out = zlib.decompressobj(-15).decompress(data, record.nbytes + 1)
-    except zlib.error as error:
-        raise FormatError(f"record {record.name!r} is damaged: {error}", offset=record.offset) from None
-    if len(out) != record.nbytes:
-        raise FormatError(f"record {record.name!r} is damaged: its size does not match", offset=record.offset)
-    return out
+class _Archive:
+    """Records by the names that torch gives them: below one folder, or none, without regard to case."""
 
+    def __init__(self, source: Source, records: dict[str, Record], limits: Limits) -> None:
+        self.source = source
+        self.records = records
+        self.limits = limits
+        self._by_name: dict[str, Record] = {}
+        self._twice: set[str] = set()
+        for name, record in records.items():
+            lower = name.lower()
+            if lower in self._by_name:
+                self._twice.add(lower)
+            self._by_name[lower] = record
+        self._folder = self._find_folder()
 
-def _mark(source: Source, records: dict[str, Record], folder: str, limits: Limits) -> dict[str, Any] | None:
-    record = records.get(folder + ".anycard.json")
-    if record is None or record.nbytes > 64 << 20:
-        return None
-    try:
-        held = json.loads(record_bytes(source, record, limits))
-    except (ValueError, RecursionError):
-        return None
-    return held if isinstance(held, dict) else None
+    def _find_folder(self) -> str:
+        names = self._by_name
+        if any(name.endswith("/.data/extern_modules") for name in names):
+            raise FormatError("the file is a torch package, which is not read yet")
+        found = [
+            n[: -len("data.pkl")] for n in names if n == "data.pkl" or (n.endswith("/data.pkl") and n.count("/") == 1)
+        ]
+        if len(found) != 1:
+            inside = ", ".join(repr(short(n)) for n in list(self.records)[:12])
+            raise FormatError(
+                "the file is a zip archive, but no torch zip "
+                f"({'several' if found else 'no'} data.pkl in it); it holds {inside}"
+            )
+        if found[0] + "constants.pkl" in names:
+            raise FormatError("the file is a TorchScript archive, which is not read yet")
+        return found[0]
+
+    def find(self, name: str) -> Record | None:
+        """The record of that name in the folder, or None."""
+        full = self._folder + name.lower()
+        if full in self._twice:
+            raise FormatError(f"two records are called {short(full)!r}, but for upper and lower case")
+        return self._by_name.get(full)
+
+    def record(self, name: str) -> Record:
+        """The same, of a record that is known to be there."""
+        found = self.find(name)
+        assert found is not None
+        return found
+
+    def big_endian(self) -> bool:
+        """Elements are stored most significant byte first; torch wrote no `byteorder` before 2.1."""
+        record = self.find("byteorder")
+        if record is None:
+            return False
+        order = bytes(inflated.record_bytes(self.source, record, 64))
+        if order not in (b"little", b"big"):
+            raise FormatError("the archive's byte order is neither little nor big", offset=record.offset)
+        return order == b"big"
+
+    def mark(self) -> dict[str, Any] | None:
+        """anycard's own record, or None where there is none that it wrote."""
+        record = self.find(".anycard.json")
+        if record is None or record.nbytes > _MOST_MARK:
+            return None
+        data = bytes(inflated.record_bytes(self.source, record, _MOST_MARK))
+        try:
+            held = json.loads(data)
+        except (ValueError, RecursionError):
+            return None
+        return held if isinstance(held, dict) else None
 
 
 class _Storages:
     """Persistent ids of one archive: `('storage', class, key, location, numel)`."""
 
-    def __init__(self, source: Source, records: dict[str, Record], folder: str, big: bool) -> None:
-        self.source = source
-        self.records = records
-        self.folder = folder
-        self.big = big
-        self.made: dict[str, Storage] = {}
+    def __init__(self, archive: _Archive) -> None:
+        self._archive = archive
+        self._big = archive.big_endian()
+        self._made: dict[str, Storage] = {}
 
-    def load(self, pid: Any) -> StorageRef:
+    def load(self, pid: Any) -> StoredStorage:
         """The storage of a persistent id, its record proved to hold what is claimed."""
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise FormatError(f"a persistent id that torch does not write: {str(pid)[:80]}")
+        if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
+            raise FormatError("a persistent id that torch does not write")
         _, kind, key, location, numel = pid[:5]
-        if not isinstance(kind, StorageClass) or not isinstance(key, str) or type(numel) is not int:
-            raise FormatError(f"a persistent id that torch does not write: {str(pid)[:80]}")
-        if key not in self.made:
-            self.made[key] = self._make(key, str(location))
-        storage = self.made[key]
+        if not (is_storage_class(kind) and isinstance(key, str) and isinstance(location, str)):
+            raise FormatError("a persistent id that torch does not write")
+        if type(numel) is not int or not 0 <= numel < MOST_ELEMENTS:
+            raise FormatError(f"storage {short(key)} has no size that torch can hold", name=short(key))
+        storage = self._made.get(key)
+        if storage is None:
+            storage = self._made[key] = self._make(key, location)
         size = DTYPES[kind.dtype].itemsize if kind.dtype else 1
-        if numel < 0 or numel * size > storage.nbytes:
+        if numel * size > storage.nbytes:
             raise FormatError(
-                f"storage {key} should have {numel * size:,} bytes, its record has {storage.nbytes:,}", name=key
+                f"storage {short(key)} should have {numel * size:,} bytes, its record has {storage.nbytes:,}",
+                name=short(key),
             )
-        return StorageRef(storage, kind.dtype, 0)
+        return kind.of(storage, numel)
 
     def _make(self, key: str, location: str) -> Storage:
-        record = self.records.get(f"{self.folder}data/{key}")
+        record = self._archive.find(f"data/{key}")
         if record is None:
-            raise FormatError(f"storage {key} has no record data/{key} in the archive", name=key)
+            raise FormatError(f"storage {short(key)} has no record data/{short(key)} in the archive", name=short(key))
+        source, big = self._archive.source, self._big
         if record.compressed:
-            return Storage(key, record.nbytes, location, self.source, missing="its record is compressed")
-        return Storage(key, record.nbytes, location, self.source, record.offset, crc=record.crc, big_endian=self.big)
+            return Storage(key, record.nbytes, location, source, data=Inflated(source, record), big_endian=big)
+        return Storage(key, record.nbytes, location, source, record.offset, crc=record.crc, big_endian=big)

@@ -1,264 +1,250 @@
 """The closed set of what a pickle may make: what torch writes into weights, and plain containers.
 
-Everything else becomes an inert stub. Constructors are plain callables, usable through `find_class`.
+Everything else becomes an inert stub. A constructor takes the read's budget, then the pickle's arguments;
+NotImplemented from it means a stub. Through `find_class` each is a plain callable class.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 from anycard.errors import FormatError
-from anycard.limits import DEFAULT, Limits
+from anycard.pickles.arrays import from_buffer, reconstruct, scalar
+from anycard.pickles.budget import Budget
 from anycard.pickles.stubs import Inert, inert_class
-from anycard.tensors import BY_NUMPY, BY_STORAGE, DTYPES, Storage, TensorInfo, row_major, span_numel
+from anycard.pickles.views import StoredStorage, ints, sized, view
+from anycard.tensors import BY_STORAGE, DTYPES, Storage, TensorInfo
 
 
-class StorageClass(NamedTuple):
-    """A storage class that a persistent id names; dtype None for untyped."""
-
-    dtype: str | None
-
-
-class StorageRef(NamedTuple):
-    """What a persistent id gives: a storage, its dtype, and the first byte that it means."""
-
-    storage: Storage
-    dtype: str | None
-    start: int
-
-
-class DTypeStub:
-    """A numpy dtype on its way through REDUCE and BUILD."""
-
-    def __init__(self, code: Any, *rest: Any) -> None:
-        self.code = str(code)
-        self.order = "<"
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) > 1 and isinstance(state[1], str):
-            self.order = state[1]
-
-
-class ArrayStub:
-    """A numpy array on its way through REDUCE and BUILD; `result` is the tensor, once known."""
-
-    def __init__(self, *args: Any) -> None:
-        self.result: TensorInfo | None = None
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-        if isinstance(state, tuple) and len(state) == 5:
-            _, shape, dtype, fortran, data = state
-            if isinstance(data, str):
-                data = data.encode("latin1")
-            if isinstance(dtype, DTypeStub) and isinstance(data, (bytes, bytearray)):
-                self.result = _array(shape, dtype, bool(fortran), bytes(data))
-
-
-def _array(shape: Any, dtype: DTypeStub, fortran: bool, data: bytes) -> TensorInfo | None:
-    row = BY_NUMPY.get(dtype.code)
-    if row is None or not isinstance(shape, tuple):
-        return None
-    sizes = _ints(shape, "shape")
-    stride = tuple(reversed(row_major(tuple(reversed(sizes))))) if fortran else row_major(sizes)
-    storage = Storage("array", len(data), data=data, big_endian=dtype.order == ">")
-    return _view(storage, row.name, 0, sizes, stride)
-
-
-def _ints(values: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)) or len(values) > DEFAULT.rank:
-        raise FormatError(f"a tensor's {what} is {type(values).__name__} or has too many dimensions")
-    if not all(type(v) is int and 0 <= v < 1 << 62 for v in values):
-        raise FormatError(f"a tensor's {what} {str(values)[:80]} is not made of non-negative integers")
-    return tuple(values)
-
-
-def _view(
-    storage: Storage, dtype: str, start: int, shape: tuple[int, ...], stride: tuple[int, ...], **more: Any
-) -> TensorInfo:
-    if len(shape) != len(stride):
-        raise FormatError(f"a tensor has {len(shape)} sizes and {len(stride)} strides")
-    end = start + span_numel(shape, stride) * DTYPES[dtype].itemsize
-    if end > storage.nbytes and 0 not in shape:
-        raise FormatError(
-            f"a tensor ({dtype}, {' x '.join(map(str, shape))}) needs {end:,} bytes of storage {storage.key}, "
-            f"which has {storage.nbytes:,}"
-        )
-    return TensorInfo(dtype, shape, storage, stride=stride, start=start, **more)
-
-
-def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorInfo:
+def rebuild_tensor(budget: Budget, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorInfo:
     """torch._utils._rebuild_tensor and _rebuild_tensor_v2: (…, requires_grad, hooks, metadata)."""
-    if not isinstance(storage, StorageRef) or storage.dtype is None:
+    if not isinstance(storage, StoredStorage) or storage.dtype is None:
         raise FormatError("a tensor without a typed storage")
     metadata = rest[2] if len(rest) > 2 else None
-    return _make(storage, storage.dtype, offset, size, stride, rest[:1] == (True,), metadata)
+    return _make(budget, storage, storage.dtype, offset, size, stride, rest[:1] == (True,), metadata)
 
 
 def rebuild_tensor_v3(
-    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
-) -> TensorInfo:
+    budget: Budget, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any,
+    metadata: Any = None,
+) -> TensorInfo:  # fmt: skip
     """torch._utils._rebuild_tensor_v3: an untyped storage, the dtype beside it."""
-    name = getattr(dtype, "name", "")
-    if not isinstance(storage, StorageRef) or name not in DTYPES:
-        raise FormatError(f"a tensor of dtype {name or dtype!r} that anycard does not know")
-    return _make(storage, name, offset, size, stride, grad is True, metadata)
+    if not isinstance(storage, StoredStorage):
+        raise FormatError("a tensor without a storage")
+    return _make(budget, storage, _dtype(dtype), offset, size, stride, grad is True, metadata)
 
 
-def _make(ref: StorageRef, dtype: str, offset: Any, size: Any, stride: Any, grad: bool, metadata: Any) -> TensorInfo:
-    first = _ints((offset,), "offset")[0]
+def _dtype(dtype: Any) -> str:
+    """The name of a `torch.float32` and kin."""
+    if isinstance(dtype, type) and issubclass(dtype, Inert) and dtype.module == "torch" and dtype.name in DTYPES:
+        return dtype.name
+    raise FormatError("a tensor of a dtype that anycard does not know")
+
+
+def _make(
+    budget: Budget, stored: StoredStorage, dtype: str, offset: Any, size: Any, stride: Any, grad: bool, metadata: Any
+) -> TensorInfo:
+    if stored.storage is None:
+        raise FormatError("a tensor of a storage that no persistent id names")
+    first = ints(budget, (offset,), "offset")[0]
+    start = stored.start + first * DTYPES[dtype].itemsize
     bits = metadata if isinstance(metadata, dict) else {}
-    return _view(
-        ref.storage, dtype, ref.start + first * DTYPES[dtype].itemsize, _ints(size, "shape"), _ints(stride, "stride"),
+    return view(
+        stored.storage, dtype, start, ints(budget, size, "shape"), ints(budget, stride, "stride"),
         requires_grad=grad, conj=bits.get("conj") is True, neg=bits.get("neg") is True,
     )  # fmt: skip
 
 
-def rebuild_parameter(data: Any, requires_grad: Any = True, hooks: Any = None, state: Any = None) -> Any:
+def rebuild_parameter(
+    budget: Budget, data: Any, requires_grad: Any = True, hooks: Any = None, state: Any = None
+) -> Any:
     """torch._utils._rebuild_parameter, and with state."""
     if not isinstance(data, TensorInfo):
         return data
     return data.replace(parameter=True, requires_grad=requires_grad is True)
 
 
-def rebuild_from_type(func: Any, kind: Any, args: Any, state: Any) -> Any:
+def rebuild_from_type(budget: Budget, func: Any, kind: Any, args: Any, state: Any) -> Any:
     """torch._tensor._rebuild_from_type_v2: a tensor with attributes, or of a subclass."""
-    if func in (rebuild_tensor, rebuild_tensor_v3, rebuild_parameter) and isinstance(args, tuple):
-        return func(*args)
-    return inert_class("torch._tensor", "_rebuild_from_type_v2")(func, kind, args, state)
+    known = isinstance(func, type) and issubclass(func, Inert) and (func.module, func.name) in _REBUILDS
+    if not known or type(args) is not tuple:
+        return NotImplemented
+    budget.spend(len(args))
+    return func(*args)
 
 
-def rebuild_meta(dtype: Any, size: Any, stride: Any, requires_grad: Any = False) -> TensorInfo:
+def rebuild_meta(budget: Budget, dtype: Any, size: Any, stride: Any, requires_grad: Any = False) -> TensorInfo:
     """torch._utils._rebuild_meta_tensor_no_storage: a tensor without bytes."""
-    name = getattr(dtype, "name", "")
-    if name not in DTYPES:
-        raise FormatError(f"a meta tensor of unknown dtype {name!r}")
+    shape, steps = ints(budget, size, "shape"), ints(budget, stride, "stride")
+    sized(shape, steps)
     storage = Storage("meta", 0, device="meta", missing="it was saved from the meta device, without values")
-    return TensorInfo(name, _ints(size, "shape"), storage, stride=_ints(stride, "stride"))
+    return TensorInfo(_dtype(dtype), shape, storage, stride=steps, requires_grad=requires_grad is True)
 
 
-def encode(text: Any, codec: Any = "utf-8") -> bytes:
+def encode(budget: Budget, text: Any, codec: Any = "utf-8", *rest: Any) -> bytes:
     """_codecs.encode, as pickle protocol 2 spells bytes."""
-    if codec not in ("latin1", "latin-1", "utf-8", "utf8", "ascii") or not isinstance(text, str):
-        raise FormatError(f"bytes in an unknown codec {codec!r}")
+    if not isinstance(text, str) or not isinstance(codec, str) or codec not in _CODECS:
+        raise FormatError("bytes that are no text in a known codec")
+    budget.spend(len(text))
     return text.encode(codec)
 
 
-def from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *rest: Any) -> Any:
-    """numpy.core.numeric._frombuffer, as pickle protocol 5 spells arrays."""
-    if isinstance(dtype, DTypeStub) and isinstance(data, (bytes, bytearray)):
-        info = _array(shape, dtype, order == "F", bytes(data))
-        if info is not None:
-            return info
-    return inert_class("numpy", "_frombuffer")(data, dtype, shape, order)
+_CODECS = frozenset(["latin1", "latin-1", "utf-8", "utf8", "ascii"])
 
 
-def scalar(dtype: Any, data: Any = b"") -> Any:
-    """numpy.core.multiarray.scalar: a plain number, or a stub."""
-    if isinstance(data, str):
-        data = data.encode("latin1")
-    info = _array((), dtype, False, data) if isinstance(dtype, DTypeStub) and isinstance(data, bytes) else None
-    if info is None:
-        return inert_class("numpy", "scalar")(dtype, data)
-    import numpy as np
-
-    order = ">" if info.storage.big_endian else "<"
-    return np.frombuffer(data, dtype=dtype.code if dtype.code[1:] == "1" else order + dtype.code)[0].item()
+def reconstructor(budget: Budget, cls: Any, base: Any = None, state: Any = None) -> Any:
+    """copyreg._reconstructor: an object made by `__new__`; `state` is what its builtin base holds."""
+    if not isinstance(cls, type) or not issubclass(cls, Inert):
+        raise FormatError("an object without a class")
+    return cls.__new__(cls) if state is None else cls.__new__(cls, state)
 
 
-def reconstructor(cls: Any, base: Any = None, state: Any = None) -> Any:
-    """copyreg._reconstructor: an object made by `__new__`."""
-    return cls.__new__(cls) if isinstance(cls, type) and issubclass(cls, Inert) else cls()
-
-
-def bound(owner: Any, name: Any = "", *default: Any) -> Any:
+def bound(budget: Budget, owner: Any, name: Any = "", *default: Any) -> Any:
     """getattr, never run: the forgotten call `(module, "state_dict")` is read as the module."""
-    if name == "state_dict" and isinstance(owner, Inert):
-        return owner
-    return inert_class("builtins", "getattr")(owner, name, *default)
+    return owner if isinstance(owner, Inert) and isinstance(name, str) and name == "state_dict" else NotImplemented
 
 
-def _ordered(*args: Any) -> OrderedDict[Any, Any]:
-    return OrderedDict(*args[:1])
+def _held(budget: Budget, args: tuple[Any, ...], what: str, cost: int = 1) -> Any:
+    """The container that a container is made of; an entry costs more where it is hashed."""
+    held: Any = args[0] if args else ()
+    if type(held) not in (list, tuple, set, frozenset, dict, OrderedDict):
+        raise FormatError(f"a {what} is made of a {type(held).__name__}")
+    budget.spend(cost * len(held))
+    return held
 
 
-def _dict(*args: Any) -> dict[Any, Any]:
-    held = [a for a in args if isinstance(a, (dict, list, tuple))]
-    return dict(held[0]) if held else {}
+def _list(budget: Budget, *args: Any) -> list[Any]:
+    return list(_held(budget, args, "list"))
 
 
-def _bytes(*args: Any) -> bytes:
-    """bytes, of text in latin1 or of bytes; a size would allocate what the file merely claims."""
-    if args and isinstance(args[0], str):
-        return encode(args[0], "latin1")
-    if args and not isinstance(args[0], (bytes, bytearray)):
-        raise FormatError(f"bytes are made from a {type(args[0]).__name__}")
-    return bytes(*args[:1])
+def _tuple(budget: Budget, *args: Any) -> tuple[Any, ...]:
+    return tuple(_held(budget, args, "tuple"))
 
 
-def _bytearray(*args: Any) -> bytearray:
-    return bytearray(_bytes(*args))
+def _members(budget: Budget, args: tuple[Any, ...]) -> Any:
+    held = _held(budget, args, "set", 4)
+    for member in held:
+        budget.key(member, held)
+    return held
 
 
-def _device(*args: Any) -> Inert:
-    return inert_class("torch", "device")(*args)
+def _set(budget: Budget, *args: Any) -> set[Any]:
+    return set(_members(budget, args))
+
+
+def _frozenset(budget: Budget, *args: Any) -> frozenset[Any]:
+    return frozenset(_members(budget, args))
+
+
+def _pairs(budget: Budget, args: tuple[Any, ...]) -> Iterable[tuple[Any, Any]]:
+    """Items of the dict, or of the list of pairs, that a dict is made of."""
+    held = _held(budget, args, "dict", 8)
+    pairs: list[Any] = list(held.items() if isinstance(held, dict) else held)
+    for pair in pairs:
+        if type(pair) not in (tuple, list) or len(pair) != 2:
+            raise FormatError("a dict is made of what are no pairs")
+        budget.key(pair[0], pairs)
+    return pairs
+
+
+def _dict(budget: Budget, *args: Any) -> dict[Any, Any]:
+    return dict(_pairs(budget, args))
+
+
+def _ordered(budget: Budget, *args: Any) -> OrderedDict[Any, Any]:
+    return OrderedDict(_pairs(budget, args))
+
+
+def _counter(budget: Budget, *args: Any) -> Any:
+    """collections.Counter of its counts; of anything else it would have to count."""
+    return _dict(budget, *args) if not args or isinstance(args[0], dict) else NotImplemented
+
+
+def _defaultdict(budget: Budget, factory: Any = None, *args: Any) -> dict[Any, Any]:
+    return _dict(budget, *args)
+
+
+def _bytes(budget: Budget, *args: Any) -> bytes:
+    """bytes, of text in a codec or of bytes; a size would allocate what the file merely claims."""
+    held = args[0] if args else b""
+    if isinstance(held, str):
+        return encode(budget, held, *(args[1:] or ("latin1",)))
+    if not isinstance(held, (bytes, bytearray)):
+        raise FormatError(f"bytes are made of a {type(held).__name__}")
+    budget.spend(len(held))
+    return bytes(held)
+
+
+def _bytearray(budget: Budget, *args: Any) -> bytearray:
+    return bytearray(_bytes(budget, *args))
+
+
+def _number(make: Callable[..., Any], most: int, budget: Budget, *args: Any) -> Any:
+    """A number or text out of numbers and text: the text of a container could be endless."""
+    if len(args) > most or any(type(a) not in (str, int, float, bool, complex) for a in args):
+        raise FormatError(f"a {make.__name__} is made of what is no number and no text")
+    budget.spend(sum(len(a) for a in args if isinstance(a, str)))
+    return make(*args)
 
 
 _BUILTINS: dict[str, Callable[..., Any]] = {
-    "set": set, "frozenset": frozenset, "bytearray": _bytearray, "complex": complex, "list": list, "dict": _dict,
-    "tuple": tuple, "int": int, "long": int, "float": float, "str": str, "bool": bool, "bytes": _bytes,
-    "getattr": bound,
+    "set": _set, "frozenset": _frozenset, "list": _list, "dict": _dict, "tuple": _tuple,
+    "bytes": _bytes, "bytearray": _bytearray, "getattr": bound, "complex": partial(_number, complex, 2),
+    "int": partial(_number, int, 1), "long": partial(_number, int, 1), "float": partial(_number, float, 1),
+    "str": partial(_number, str, 1), "bool": partial(_number, bool, 1),
 }  # fmt: skip
-_TABLE: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _ordered,
-    ("collections", "Counter"): _dict,
-    ("collections", "defaultdict"): _dict,
-    ("_codecs", "encode"): encode,
-    ("copyreg", "_reconstructor"): reconstructor,
-    ("copy_reg", "_reconstructor"): reconstructor,
+_REBUILDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): rebuild_tensor_v3,
     ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): rebuild_parameter,
+}
+_TABLE: dict[tuple[str, str], Callable[..., Any]] = {
+    **_REBUILDS,
+    ("collections", "OrderedDict"): _ordered,
+    ("collections", "Counter"): _counter,
+    ("collections", "defaultdict"): _defaultdict,
+    ("_codecs", "encode"): encode,
+    ("copyreg", "_reconstructor"): reconstructor,
+    ("copy_reg", "_reconstructor"): reconstructor,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): rebuild_meta,
     ("torch._tensor", "_rebuild_from_type_v2"): rebuild_from_type,
-    ("torch", "Size"): tuple,
-    ("numpy", "dtype"): DTypeStub,
-    ("torch.storage", "UntypedStorage"): StorageClass(None),
-    ("torch", "UntypedStorage"): StorageClass(None),
-    ("torch.storage", "TypedStorage"): StorageClass(None),
+    ("torch", "Size"): _tuple,
 }
 for _module in ("builtins", "__builtin__"):
     _TABLE.update({(_module, _name): _make_it for _name, _make_it in _BUILTINS.items()})
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _TABLE[_module, "_reconstruct"] = ArrayStub
-    _TABLE[_module, "scalar"] = scalar
-for _module in ("numpy.core.numeric", "numpy._core.numeric"):
-    _TABLE[_module, "_frombuffer"] = from_buffer
-for _name, _row in BY_STORAGE.items():
-    _TABLE["torch", _name] = StorageClass(_row.name)
-    _TABLE["torch.cuda", _name] = StorageClass(_row.name)
-CALLABLE = frozenset(id(v) for v in _TABLE.values() if not isinstance(v, StorageClass))
+for _module in ("numpy.core", "numpy._core"):
+    _TABLE[f"{_module}.multiarray", "_reconstruct"] = reconstruct
+    _TABLE[f"{_module}.multiarray", "scalar"] = scalar
+    _TABLE[f"{_module}.numeric", "_frombuffer"] = from_buffer
+_UNTYPED = frozenset(["UntypedStorage", "TypedStorage", "_UntypedStorage", "_TypedStorage"])
 
 
 class Globals:
-    """`find_class` for one read: known constructors, else one inert class for each name."""
+    """`find_class` for one read: one inert class for each name, which makes what is known of it."""
 
-    def __init__(self, limits: Limits = DEFAULT) -> None:
-        self.seen: dict[tuple[str, str], Any] = {}
-        self._most = limits.globals
+    def __init__(self, budget: Budget) -> None:
+        self.seen: dict[tuple[str, str], type[Inert]] = {}
+        self._budget = budget
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> type[Inert]:
         """What the pickle gets for a global."""
+        found = self.seen.get((module, name))
+        if found is None:
+            if len(self.seen) >= self._budget.limits.globals:
+                raise FormatError(f"the pickle names more than {self._budget.limits.globals:,} classes")
+            found = self.seen[module, name] = self._stand_in(module, name)
+        return found
+
+    def _stand_in(self, module: str, name: str) -> type[Inert]:
+        if module in ("torch", "torch.cuda", "torch.storage"):
+            if name in _UNTYPED:
+                return inert_class(module, name, StoredStorage)
+            if name in BY_STORAGE:
+                return inert_class(module, name, StoredStorage, dtype=BY_STORAGE[name].name)
         known = _TABLE.get((module, name))
-        if known is not None:
-            return known
-        if (module, name) not in self.seen:
-            if len(self.seen) >= self._most:
-                raise FormatError(f"the pickle names more than {self._most:,} classes")
-            self.seen[module, name] = inert_class(module, name)
-        return self.seen[module, name]
+        return inert_class(module, name, make=None if known is None else partial(known, self._budget))

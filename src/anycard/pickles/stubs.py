@@ -1,44 +1,58 @@
-"""Inert stand-ins for every class and function that a pickle names and we do not know."""
+"""Inert stand-ins for every class and function that a pickle names."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 
 class Inert:
-    """An object of an unknown class: it keeps what the pickle gave it, and does nothing.
+    """An object of a class that is not run: it keeps what the pickle gave it, and does nothing.
 
     A subclass stands for one global; referenced as data, the subclass itself is the reference.
 
     Attributes:
+        module, name: The global that the class stands for.
+        make: What a call gives where the global is known; NotImplemented from it gives a stub all the same.
         args, kwargs: Arguments that it was made with.
         state: What BUILD gave, or None.
         items, pairs: What APPENDS and SETITEMS gave.
         called: Made by a call (REDUCE), rather than by `__new__`.
+        callee: What was called: its class, or another stub.
     """
 
-    module = ""
-    name = ""
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    state: Any
-    items: list[Any]
-    pairs: list[tuple[Any, Any]]
-    called: bool
-    callee: Any
+    module: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    make: ClassVar[Callable[..., Any] | None] = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+    state: Any = None
+    items: Sequence[Any] = ()
+    pairs: Sequence[tuple[Any, Any]] = ()
+    called: bool = False
+    callee: Any = None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> Any:
+        if cls.make is not None:
+            made = cls.make(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
         self = object.__new__(cls)
-        self.args, self.kwargs = args, kwargs
-        self.state, self.items, self.pairs = None, [], []
-        self.called, self.callee = False, cls
+        if args:
+            self.args = args
+        if kwargs:
+            self.kwargs = kwargs
         return self
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         self.called = True
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
-        made = Inert(*args, **kwargs)
+    def __init_subclass__(cls) -> None:
+        cls.callee = cls
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Inert:
+        made: Inert = Inert(*args, **kwargs)
         made.callee = self
         return made
 
@@ -46,12 +60,16 @@ class Inert:
         self.state = state
 
     def append(self, item: Any) -> None:
-        self.items.append(item)
+        self.extend((item,))
 
     def extend(self, items: Any) -> None:
+        if not isinstance(self.items, list):
+            self.items = []
         self.items.extend(items)
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(self.pairs, list):
+            self.pairs = []
         self.pairs.append((key, value))
 
     @property
@@ -63,6 +81,6 @@ class Inert:
         return f"<inert {self.path}>"
 
 
-def inert_class(module: str, name: str) -> type[Inert]:
+def inert_class(module: str, name: str, base: type[Inert] = Inert, **attributes: Any) -> type[Inert]:
     """A new class that stands for the global `module.name`."""
-    return type(name.rpartition(".")[2] or "Inert", (Inert,), {"module": module, "name": name})
+    return type(name.rpartition(".")[2] or "Inert", (base,), {"module": module, "name": name, **attributes})

@@ -1,0 +1,78 @@
+"""The bytes of a record, whether it is stored or deflated; inflated piece by piece, checked at its end."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+from zlib_ng import zlib_ng
+
+from anycard.containers.zip_directory import Record
+from anycard.disk.source import Source
+from anycard.errors import FormatError
+
+_PIECE = 1 << 20
+
+
+class Inflated:
+    """A deflated record as bytes to slice: inflated anew for each slice, of which alone memory is taken."""
+
+    def __init__(self, source: Source, record: Record) -> None:
+        self._source = source
+        self._record = record
+
+    def __getitem__(self, cut: slice, /) -> bytearray:
+        """The bytes of a slice.
+
+        Raises:
+            FormatError: Damaged, or shorter or longer than the directory says.
+        """
+        start, stop, _ = cut.indices(self._record.nbytes)
+        held = bytearray()
+        at = crc = 0
+        for piece in self._pieces():
+            held += piece[max(start - at, 0) : max(stop - at, 0)]
+            at += len(piece)
+            crc = zlib_ng.crc32(piece, crc)
+            if stop <= at < self._record.nbytes:
+                return held
+        if at != self._record.nbytes:
+            raise self._damaged("its size does not match")
+        if self._record.crc is not None and crc != self._record.crc:
+            raise self._damaged("its CRC-32 does not match")
+        return held
+
+    def _pieces(self) -> Iterator[bytes]:
+        """What the record inflates to, up to one byte more than it should."""
+        record, source = self._record, self._source
+        inflate = zlib.decompressobj(-15)
+        left = record.nbytes + 1
+        try:
+            for at in range(0, record.stored_nbytes, _PIECE):
+                waiting = source.read(record.offset + at, min(_PIECE, record.stored_nbytes - at))
+                while waiting and left > 0 and not inflate.eof:
+                    piece = inflate.decompress(waiting, min(_PIECE, left))
+                    left -= len(piece)
+                    waiting = inflate.unconsumed_tail
+                    yield piece
+        except zlib.error as error:
+            raise self._damaged(str(error)) from None
+
+    def _damaged(self, reason: str) -> FormatError:
+        return FormatError(f"record {self._record.name!r} is damaged: {reason}", offset=self._record.offset)
+
+
+def record_bytes(source: Source, record: Record, most: int) -> bytes | bytearray:
+    """A small record's bytes, inflated where it is compressed, checked against its CRC.
+
+    Raises:
+        FormatError: Larger than `most`, or damaged.
+    """
+    if max(record.nbytes, record.stored_nbytes) > most:
+        raise FormatError(f"record {record.name!r} claims {record.nbytes:,} bytes", offset=record.offset)
+    if record.compressed:
+        return Inflated(source, record)[:]
+    data = source.read(record.offset, record.nbytes)
+    if record.crc is not None and zlib_ng.crc32(data) != record.crc:
+        raise FormatError(f"record {record.name!r} is damaged: its CRC-32 does not match", offset=record.offset)
+    return data

@@ -1,0 +1,241 @@
+"""What each pickle opcode does to the machine. Source: CPython's pickletools."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from anycard.errors import FormatError
+from anycard.pickles.arrays import text_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from anycard.pickles.machine import Machine
+
+MARK = object()
+# What opcodes push, and what the others do.
+PUSHES: dict[int, Callable[[Machine], Any]] = {}
+STEPS: dict[int, Callable[[Machine], None]] = {}
+# Python prints integers of up to 4,300 digits, which are 1,785 bytes; nothing longer may reach a message.
+_MOST_INT = 1_700
+_MOST_DIGITS = 4_300
+_ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|[0-7]{1,3}|.)", re.DOTALL)
+_ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f": b"\f", b"v": b"\v"}
+
+
+def _op(code: bytes) -> Callable[[Callable[[Machine], None]], Callable[[Machine], None]]:
+    def register(step: Callable[[Machine], None]) -> Callable[[Machine], None]:
+        STEPS[code[0]] = step
+        return step
+
+    return register
+
+
+def _push(code: bytes, make: Callable[[Machine], Any]) -> None:
+    PUSHES[code[0]] = make
+
+
+def _digits(m: Machine) -> str:
+    text = m.line()
+    if len(text) > _MOST_DIGITS:
+        raise FormatError(f"a number of {len(text):,} digits")
+    return text
+
+
+def _float_line(m: Machine) -> float:
+    return float(_digits(m))
+
+
+def _int_line(m: Machine) -> Any:
+    text = _digits(m)
+    return text == "01" if text in ("00", "01") else int(text.rstrip("L"))
+
+
+def _signed(m: Machine, nbytes: int) -> int:
+    if nbytes > _MOST_INT:
+        raise FormatError(f"an integer of {nbytes:,} bytes")
+    return int.from_bytes(m.take(nbytes), "little", signed=True)
+
+
+def _string_line(m: Machine) -> str:
+    text = m.raw_line().strip()
+    if len(text) < 2 or text[0] != text[-1] or text[:1] not in (b"'", b'"'):
+        raise FormatError("a STRING without quotes")
+    return text_of(_ESCAPE.sub(_unescaped, text[1:-1]))
+
+
+def _unescaped(found: re.Match[bytes]) -> bytes:
+    """As Python 2 wrote its byte strings."""
+    held: bytes = found[1]
+    if held[:1] == b"x" and len(held) == 3:
+        return bytes([int(held[1:], 16)])
+    if held[:1].isdigit() and held[:1] < b"8":
+        return bytes([int(held, 8) & 0xFF])
+    return _ESCAPED.get(held, held if held in (b"\\", b"'", b'"') else found[0])
+
+
+_push(b"(", lambda m: MARK)
+_push(b"N", lambda m: None)
+_push(b"\x88", lambda m: True)
+_push(b"\x89", lambda m: False)
+_push(b"I", _int_line)
+_push(b"L", _int_line)
+_push(b"J", lambda m: _signed(m, 4))
+_push(b"K", lambda m: m.byte())
+_push(b"M", lambda m: m.number(2))
+_push(b"\x8a", lambda m: _signed(m, m.byte()))
+_push(b"\x8b", lambda m: _signed(m, m.number(4)))
+_push(b"F", _float_line)
+_push(b"G", lambda m: struct.unpack(">d", m.take(8))[0])
+_push(b"S", _string_line)
+_push(b"T", lambda m: text_of(m.take(m.number(4))))
+_push(b"U", lambda m: text_of(m.take(m.byte())))
+_push(b"B", lambda m: m.take(m.number(4)))
+_push(b"C", lambda m: m.take(m.byte()))
+_push(b"\x8e", lambda m: m.take(m.number(8)))
+_push(b"\x96", lambda m: bytearray(m.take(m.number(8))))
+_push(b"V", lambda m: m.raw_line().decode("raw_unicode_escape"))
+_push(b"X", lambda m: m.take(m.number(4)).decode("utf-8", "surrogatepass"))
+_push(b"\x8c", lambda m: m.take(m.byte()).decode("utf-8", "surrogatepass"))
+_push(b"\x8d", lambda m: m.take(m.number(8)).decode("utf-8", "surrogatepass"))
+_push(b"]", lambda m: [])
+_push(b"}", lambda m: {})
+_push(b")", lambda m: ())
+_push(b"\x8f", lambda m: set())
+_push(b"l", lambda m: m.popmark())
+_push(b"t", lambda m: tuple(m.popmark()))
+_push(b"\x91", lambda m: m.frozen(m.popmark()))
+_push(b"\x85", lambda m: (m.pop(),))
+_push(b"\x86", lambda m: (m.pop(), m.pop())[::-1])
+_push(b"\x87", lambda m: (m.pop(), m.pop(), m.pop())[::-1])
+_push(b"2", lambda m: m.top())
+_push(b"h", lambda m: m.recall(m.byte()))
+_push(b"j", lambda m: m.recall(m.number(4)))
+_push(b"g", lambda m: m.recall(int(_digits(m))))
+_push(b"P", lambda m: m.persistent_load(m.line()))
+_push(b"Q", lambda m: m.persistent_load(m.pop()))
+_push(b"c", lambda m: m.find_class(m.line(), m.line()))
+
+
+@_op(b"\x80")
+def _proto(m: Machine) -> None:
+    if m.byte() > 5:
+        raise FormatError("a pickle protocol above 5")
+
+
+@_op(b"\x95")
+def _frame(m: Machine) -> None:
+    size = m.number(8)
+    if m.pos + size > m.size:
+        raise FormatError(f"the pickle is cut short: a frame of {size:,} bytes, {m.size - m.pos:,} left")
+
+
+@_op(b"0")
+def _drop(m: Machine) -> None:
+    m.stack.pop()
+
+
+@_op(b"1")
+def _drop_to_mark(m: Machine) -> None:
+    m.popmark()
+
+
+@_op(b"q")
+def _binput(m: Machine) -> None:
+    m.memo[m.byte()] = m.top()
+
+
+@_op(b"r")
+def _long_binput(m: Machine) -> None:
+    m.memo[m.number(4)] = m.top()
+
+
+@_op(b"p")
+def _put(m: Machine) -> None:
+    m.memo[int(_digits(m))] = m.top()
+
+
+@_op(b"\x94")
+def _memoize(m: Machine) -> None:
+    m.memo[len(m.memo)] = m.top()
+
+
+@_op(b"\x93")
+def _stack_global(m: Machine) -> None:
+    name, module = m.pop(), m.pop()
+    if not isinstance(name, str) or not isinstance(module, str):
+        raise FormatError("a global whose name is no text")
+    m.stack.append(m.find_class(module, name))
+
+
+@_op(b"d")
+def _dict(m: Machine) -> None:
+    made: dict[Any, Any] = {}
+    m.set_items(made, m.popmark())
+    m.stack.append(made)
+
+
+@_op(b"a")
+def _append(m: Machine) -> None:
+    item = m.pop()
+    m.append([item])
+
+
+@_op(b"e")
+def _appends(m: Machine) -> None:
+    m.append(m.popmark())
+
+
+@_op(b"\x90")
+def _additems(m: Machine) -> None:
+    m.append(m.popmark())
+
+
+@_op(b"s")
+def _setitem(m: Machine) -> None:
+    value, key = m.pop(), m.pop()
+    m.set_items(m.top(), [key, value])
+
+
+@_op(b"u")
+def _setitems(m: Machine) -> None:
+    pairs = m.popmark()
+    m.set_items(m.top(), pairs)
+
+
+@_op(b"R")
+def _reduce(m: Machine) -> None:
+    args, func = m.pop(), m.pop()
+    m.stack.append(m.call(func, args))
+
+
+@_op(b"\x81")
+def _newobj(m: Machine) -> None:
+    args, cls = m.pop(), m.pop()
+    m.stack.append(m.new(cls, args, {}))
+
+
+@_op(b"\x92")
+def _newobj_ex(m: Machine) -> None:
+    kwargs, args, cls = m.pop(), m.pop(), m.pop()
+    m.stack.append(m.new(cls, args, kwargs))
+
+
+@_op(b"o")
+def _obj(m: Machine) -> None:
+    items = m.popmark()
+    m.stack.append(m.call(items[0], tuple(items[1:])))
+
+
+@_op(b"i")
+def _inst(m: Machine) -> None:
+    cls = m.find_class(m.line(), m.line())
+    m.stack.append(m.call(cls, tuple(m.popmark())))
+
+
+@_op(b"b")
+def _build(m: Machine) -> None:
+    state = m.pop()
+    m.build(state)
