@@ -23,7 +23,7 @@ from anycard.formats.index import Index
 from anycard.formats.registry import read_index
 from anycard.limits import DEFAULT
 from anycard.pickles.machine import read_pickle
-from bombs import ints, pid, tensor, text, torch_zip
+from bombs import ints, num, pid, tensor, text, torch_zip
 
 
 def saved(value: Any, *, new: bool = True, protocol: int = 2) -> bytes:
@@ -145,13 +145,28 @@ GLOBALS = [
     "torch._utils _rebuild_meta_tensor_no_storage", "numpy dtype", "numpy.core.multiarray _reconstruct",
     "numpy.core.multiarray scalar", "numpy.core.numeric _frombuffer", "os system", "torch.nn.modules.linear Linear",
 ]  # fmt: skip
-# What hits deep states more often than chance does: whole values, and calls.
-PHRASES = [
-    pid(), tensor(ints(4), ints(1)), ints(2, 2), b"\x85R", b"\x86R", b"\x87R", b")R", b"(tR", b"}b", b"b", b"\x85",
-    *(f"c{name.replace(' ', chr(10))}\n".encode() for name in GLOBALS), text("state_dict"), text("f4"), text("latin1"),
-    b"N", b"K\x01", b"]", b"}", b")", b"\x8f", b"(", b"u", b"s", b"a", b"e", b"h\x00", b"h\x01", b"q\x00",
-    b"\x86", b"q\x01", b"\x94", b"2",
+ATOMS = [
+    b"N", b"\x88", b"K\x00", b"K\x01", b"K\x04", num(-1), num(1 << 70), b"G" + bytes(8), b"C\x01x", pid(),
+    b"U\x02\xff\xfe", tensor(ints(4), ints(1)), ints(2, 2), *map(text, ("state_dict", "_modules", "f4", "<", "latin1")),
+    *(f"c{name.replace(' ', chr(10))}\n".encode() for name in GLOBALS),
 ]  # fmt: skip
+
+
+def expression(draw: random.Random, depth: int) -> bytes:
+    """Opcodes that push one value, whatever it is."""
+    if depth == 0 or draw.random() < 0.25:
+        return draw.choice([*ATOMS, b"h\x00", b"h\x01"])
+    parts = [expression(draw, depth - 1) for _ in range(draw.randrange(4))]
+    many = b"(" + b"".join(parts)
+    pairs = b"(" + b"".join(draw.choice(ATOMS) + part for part in parts)
+    value = expression(draw, depth - 1)
+    called = draw.choice([b"R", b"\x81", b"}\x92"])
+    return draw.choice([
+        many + b"t", many + b"l", many + b"\x91", b"\x8f" + many + b"\x90", pairs + b"d", b"}" + pairs + b"u",
+        draw.choice(ATOMS) + many + b"t" + called, draw.choice(ATOMS) + many + b"t" + called + value + b"b",
+        value + pairs + b"u", value + many + b"e", value + b"q\x00", value + b"\x94", value + b"Q",
+        value + value + b"b",
+    ])  # fmt: skip
 
 
 def opcode(draw: random.Random) -> bytes:
@@ -176,19 +191,22 @@ def opcode(draw: random.Random) -> bytes:
 
 
 def test_random_opcodes() -> None:
-    """Well-formed opcodes in any order: every state of the machine is one that it copes with."""
+    """Opcodes in any order, and values nested in any way: every state of the machine is one that it copes with."""
     draw = random.Random(4)
     read = 0
     for _ in range(6_000):
-        parts = [draw.choice(PHRASES) if draw.random() < 0.7 else opcode(draw) for _ in range(draw.randrange(2, 14))]
-        data = b"N" * draw.randrange(3) + b"".join(parts) + b"."
+        parts = [
+            expression(draw, draw.randrange(5)) if draw.random() < 0.8 else opcode(draw)
+            for _ in range(draw.randrange(1, 4))
+        ]
+        data = b"Nq\x00q\x01" + b"".join(parts) + b"."
         try:
             tree = read_pickle(data, persistent_load=_Fake().load, limits=DEFAULT)[0]
         except FormatError:
             continue
         read += 1
         listed(Index("torch zip", tree, StreamSource("t", io.BytesIO(data))))
-    assert read > 300
+    assert read > 1_000
 
 
 class _Fake:

@@ -137,6 +137,7 @@ def test_plain_values(protocol: int) -> None:
 @pytest.mark.parametrize("array", [
     np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6, dtype="i4").reshape(2, 3)), np.arange(4, dtype=">i2"),
     np.array(True), np.zeros((0, 3), "f2"), np.arange(3) * 1j, np.arange(3, dtype="u8"),
+    np.arange(24.0).reshape(2, 3, 4).transpose(1, 0, 2), np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1)[::-1],
 ], ids=str)  # fmt: skip
 def test_numpy(array: Any, protocol: int) -> None:
     info = one(pickle.dumps({"a": array, "same": array}, protocol))["a"]

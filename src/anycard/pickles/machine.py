@@ -162,7 +162,9 @@ class Machine:
 
     def recall(self, index: int) -> Any:
         """A value of the memo; a finished array is its tensor."""
-        value = self.memo[index]
+        value = self.memo.get(index, MARK)
+        if value is MARK:
+            raise FormatError("the pickle's memo lacks what is asked of it")
         if type(value) is ArrayStub and value.result is not None:
             return value.result
         return value
