@@ -277,6 +277,15 @@ def test_python_2_state_dict() -> None:
     assert one(b"S'a\\n\\x41\\\\\\'\\101\\q'\n.") == "a\nA\\'A\\q"
 
 
+def test_python_2_globals_have_their_names_of_today() -> None:
+    """As Python 3's own unpickler names them, below protocol 3 and only there."""
+    assert one(b"c__builtin__\nunicode\nX\x01\0\0\0a\x85R.") == "a"
+    assert one(b"c__builtin__\nlong\nX\x01\0\0\x001\x85R.") == 1
+    for protocol, module in ((2, "builtins"), (3, "__builtin__")):
+        found = one(b"\x80" + bytes([protocol]) + b"c__builtin__\nslice\n.")
+        assert (found.module, found.name) == (module, "slice")
+
+
 @pytest.mark.parametrize(
     "bad",
     [

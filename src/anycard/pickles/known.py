@@ -193,7 +193,7 @@ def _number(make: Callable[..., Any], most: int, budget: Budget, *args: Any) -> 
 _BUILTINS: dict[str, Callable[..., Any]] = {
     "set": _set, "frozenset": _frozenset, "list": _list, "dict": _dict, "tuple": _tuple,
     "bytes": _bytes, "bytearray": _bytearray, "getattr": bound, "complex": partial(_number, complex, 2),
-    "int": partial(_number, int, 1), "long": partial(_number, int, 1), "float": partial(_number, float, 1),
+    "int": partial(_number, int, 1), "float": partial(_number, float, 1),
     "str": partial(_number, str, 1), "bool": partial(_number, bool, 1),
 }  # fmt: skip
 _REBUILDS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -210,13 +210,11 @@ _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "defaultdict"): _defaultdict,
     ("_codecs", "encode"): encode,
     ("copyreg", "_reconstructor"): reconstructor,
-    ("copy_reg", "_reconstructor"): reconstructor,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): rebuild_meta,
     ("torch._tensor", "_rebuild_from_type_v2"): rebuild_from_type,
     ("torch", "Size"): _tuple,
 }
-for _module in ("builtins", "__builtin__"):
-    _TABLE.update({(_module, _name): _make_it for _name, _make_it in _BUILTINS.items()})
+_TABLE.update({("builtins", _name): _make_it for _name, _make_it in _BUILTINS.items()})
 for _module in ("numpy.core", "numpy._core"):
     _TABLE[f"{_module}.multiarray", "_reconstruct"] = reconstruct
     _TABLE[f"{_module}.multiarray", "scalar"] = scalar

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _compat_pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class Machine:
     """Stack, memo and position; what each opcode does to them is in `opcodes`.
 
     Attributes:
+        protocol: What PROTO said.
         at: Where the opcode in hand begins.
         pos: Where the next byte is taken.
     """
@@ -77,7 +79,8 @@ class Machine:
         self.memo: dict[int, Any] = {}
         self.persistent_load: Callable[[Any], Any] = persistent_load
         self.budget = Budget(limits, len(data) - start)
-        self.find_class: Callable[[str, str], type[Inert]] = Globals(self.budget).find_class
+        self.protocol = 0
+        self._globals = Globals(self.budget)
 
     def run(self) -> tuple[Any, int]:
         """Step until STOP."""
@@ -170,6 +173,15 @@ class Machine:
         return value
 
     # Objects.
+
+    def find_class(self, module: str, name: str) -> type[Inert]:
+        """A global; below protocol 3 names are Python 2's, and Python 3 takes them for its own."""
+        if self.protocol < 3:
+            if (module, name) in _compat_pickle.NAME_MAPPING:
+                module, name = _compat_pickle.NAME_MAPPING[module, name]
+            elif module in _compat_pickle.IMPORT_MAPPING:
+                module = _compat_pickle.IMPORT_MAPPING[module]
+        return self._globals.find_class(module, name)
 
     def call(self, func: Any, args: Any) -> Any:
         """REDUCE: what is known is made, everything else is a stub."""

@@ -121,7 +121,8 @@ _push(b"c", lambda m: m.find_class(m.line(), m.line()))
 
 @_op(b"\x80")
 def _proto(m: Machine) -> None:
-    if m.byte() > 5:
+    m.protocol = m.byte()
+    if m.protocol > 5:
         raise FormatError("a pickle protocol above 5")
 
 
