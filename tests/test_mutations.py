@@ -111,7 +111,7 @@ def mutated(data: bytes, edits: list[tuple[str, int, int]]) -> bytes:
     return bytes(out)
 
 
-BOUNDED = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+BOUNDED = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @BOUNDED
