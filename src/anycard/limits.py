@@ -29,10 +29,10 @@ class Limits:
     index_nbytes: int = 1 << 30
     records: int = 4_000_000
     nodes: int = 20_000_000
-    repeats: int = 500_000
+    repeats: int = 100_000
     globals: int = 20_000
     depth: int = 400
-    rank: int = 256
+    rank: int = 64
     expanded_nbytes: int = 1 << 30
 
 

@@ -76,6 +76,8 @@ class Row(NamedTuple):
 
     def facts(self) -> dict[str, tuple[str, tuple[int, ...], str]]:
         """Full path of each tensor -> dtype, shape, SHA-256 of its row-major little-endian bytes."""
+        if not self.truth:
+            return {}
         held = json.loads((HERE / "truth" / self.truth).read_text("utf-8"))
         return {name: (dtype, tuple(shape), digest) for name, (dtype, shape, digest) in held.items()}
 

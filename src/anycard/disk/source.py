@@ -44,6 +44,9 @@ class Source:
         """`nbytes` bytes from byte `offset`; FormatError where the file ends before."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise self._short(offset, nbytes)
+        return self._read(offset, nbytes)
+
+    def _read(self, offset: int, nbytes: int) -> bytes:
         buffer = bytearray(nbytes)
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
@@ -91,6 +94,12 @@ class FileSource(Source):
                     self.read_into(offset + have, view[have:])
                 offset += len(view)
                 done -= len(view)
+
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        if not hasattr(os, "pread") or nbytes > _MOST:
+            return super()._read(offset, nbytes)
+        data = os.pread(self._fd, nbytes, offset + self._base)  # no second copy, as through a bytearray
+        return data if len(data) == nbytes else super()._read(offset, nbytes)
 
     def _read_at(self, offset: int, view: memoryview) -> int:
         if hasattr(os, "preadv"):

@@ -58,7 +58,8 @@ def children_of(obj: object) -> dict[str, object]:
 def own_tensors(obj: object, *, everything: bool = False) -> Iterator[tuple[str, TensorInfo]]:
     """A pickled module's own parameters and persistent buffers; with `everything`, all of its buffers."""
     state = module_state(obj) or {}
-    hidden = state.get("_non_persistent_buffers_set") or ()
+    hidden = state.get("_non_persistent_buffers_set")
+    hidden = hidden if isinstance(hidden, (set, frozenset, list, tuple, dict)) else ()
     for group in ("_parameters", "_buffers"):
         held = state.get(group)
         for name, value in held.items() if isinstance(held, Mapping) else ():

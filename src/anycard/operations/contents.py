@@ -11,8 +11,8 @@ from anycard.disk.pieces import FileRange, Lazy, Piece
 from anycard.names.choosing import canonical_names
 from anycard.names.paths import join
 from anycard.names.stored import StateDict
-from anycard.pickles.stubs import Inert
-from anycard.pickles.writer import TensorRef
+from anycard.pickles.stubs import Inert, Size
+from anycard.pickles.writer import GlobalRef, Reduced, TensorRef
 from anycard.plans.matching import Match, canonical_metadata
 from anycard.tensors import TensorInfo, row_major
 
@@ -101,6 +101,8 @@ class Copier:
         if isinstance(value, Mapping):
             items = ((k, self._copy(v, join(path, k), dicts)) for k, v in value.items())
             return {k: v for k, v in items if v is not _GONE and not isinstance(k, (Inert, type))}
+        if isinstance(value, Size):
+            return Reduced(GlobalRef("torch", "Size"), (tuple(value),))
         if isinstance(value, (list, tuple, set)):
             copies = (self._copy(v, join(path, i), dicts) for i, v in enumerate(value))
             return type(value)(None if v is _GONE else v for v in copies)

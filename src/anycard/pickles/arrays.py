@@ -57,7 +57,7 @@ def scalar(budget: Budget, dtype: Any, data: Any = b"") -> Any:
 def _array(budget: Budget, shape: Any, dtype: Any, order: Any, data: Any, axes: Any = None) -> TensorInfo | None:
     element = _element(dtype)
     held = _held(budget, data)
-    if element is None or held is None or type(shape) is not tuple:
+    if element is None or held is None or not isinstance(shape, tuple):
         return None
     name, big = element
     sizes = ints(budget, shape, "shape")

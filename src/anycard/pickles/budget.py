@@ -61,7 +61,7 @@ def _parts(key: Any) -> int:
         if seen + len(stack) > _MOST_PARTS:
             raise FormatError(f"a key has more than {_MOST_PARTS:,} parts")
         held = stack.pop()
-        if type(held) in (tuple, frozenset):
+        if isinstance(held, (tuple, frozenset)):
             if len(held) > _MOST_PARTS:
                 raise FormatError(f"a key has more than {_MOST_PARTS:,} parts")
             stack.extend(held)

@@ -14,7 +14,7 @@ from typing import Any
 from anycard.errors import FormatError
 from anycard.pickles.arrays import from_buffer, reconstruct, scalar
 from anycard.pickles.budget import Budget
-from anycard.pickles.stubs import Inert, inert_class
+from anycard.pickles.stubs import Counted, Defaulting, Inert, Size, inert_class
 from anycard.pickles.views import StoredStorage, ints, sized, view
 from anycard.tensors import BY_STORAGE, DTYPES, Storage, TensorInfo
 
@@ -110,7 +110,7 @@ def bound(budget: Budget, owner: Any, name: Any = "", *default: Any) -> Any:
 def _held(budget: Budget, args: tuple[Any, ...], what: str, cost: int = 1) -> Any:
     """The container that a container is made of; an entry costs more where it is hashed."""
     held: Any = args[0] if args else ()
-    if type(held) not in (list, tuple, set, frozenset, dict, OrderedDict):
+    if not isinstance(held, (list, tuple, set, frozenset, dict)):
         raise FormatError(f"a {what} is made of a {type(held).__name__}")
     budget.spend(cost * len(held))
     return held
@@ -160,11 +160,17 @@ def _ordered(budget: Budget, *args: Any) -> OrderedDict[Any, Any]:
 
 def _counter(budget: Budget, *args: Any) -> Any:
     """collections.Counter of its counts; of anything else it would have to count."""
-    return _dict(budget, *args) if not args or isinstance(args[0], dict) else NotImplemented
+    return Counted(_pairs(budget, args)) if not args or isinstance(args[0], dict) else NotImplemented
 
 
-def _defaultdict(budget: Budget, factory: Any = None, *args: Any) -> dict[Any, Any]:
-    return _dict(budget, *args)
+def _defaultdict(budget: Budget, factory: Any = None, *args: Any) -> Defaulting:
+    made = Defaulting(_pairs(budget, args))
+    made.factory = factory
+    return made
+
+
+def _size(budget: Budget, *args: Any) -> Size:
+    return Size(_held(budget, args, "torch.Size"))
 
 
 def _bytes(budget: Budget, *args: Any) -> bytes:
@@ -212,7 +218,7 @@ _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("copyreg", "_reconstructor"): reconstructor,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): rebuild_meta,
     ("torch._tensor", "_rebuild_from_type_v2"): rebuild_from_type,
-    ("torch", "Size"): _tuple,
+    ("torch", "Size"): _size,
 }
 _TABLE.update({("builtins", _name): _make_it for _name, _make_it in _BUILTINS.items()})
 for _module in ("numpy.core", "numpy._core"):

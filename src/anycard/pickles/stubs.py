@@ -81,6 +81,24 @@ class Inert:
         return f"<inert {self.path}>"
 
 
+class Size(tuple[Any, ...]):
+    """A `torch.Size`: a plain tuple for all that reads it, told apart where a whole model is rebuilt."""
+
+
+class Counted(dict[Any, Any]):
+    """A `collections.Counter`, as a plain dict."""
+
+
+class Defaulting(dict[Any, Any]):
+    """A `collections.defaultdict`, as a plain dict.
+
+    Attributes:
+        factory: What stands for its factory: an inert class, or None.
+    """
+
+    factory: Any = None
+
+
 def inert_class(module: str, name: str, base: type[Inert] = Inert, **attributes: Any) -> type[Inert]:
     """A new class that stands for the global `module.name`."""
     return type(name.rpartition(".")[2] or "Inert", (base,), {"module": module, "name": name, **attributes})

@@ -48,7 +48,7 @@ def is_storage_class(kind: Any) -> TypeGuard[type[StoredStorage]]:
 
 def ints(budget: Budget, values: Any, what: str) -> tuple[int, ...]:
     """Sizes, strides or an offset: non-negative, of 64 bits, not more of them than dimensions may be."""
-    if type(values) not in (tuple, list) or len(values) > budget.limits.rank:
+    if not isinstance(values, (tuple, list)) or len(values) > budget.limits.rank:
         raise FormatError(f"a tensor's {what} is a {type(values).__name__}, or has too many dimensions")
     for value in values:
         if type(value) is not int or not 0 <= value < MOST_ELEMENTS:

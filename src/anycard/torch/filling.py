@@ -59,7 +59,7 @@ def fill(
             call_loaders(work, undo, options.strict)
             _read_in_place(places.inplace, done, verify, undo, limits)
             _put(work.model, options, places, undo)
-            _set_counters(work, undo)
+            _set_counters(work, options, undo)
             set_extras(work, undo, options.strict)
             run_post_hooks(work.hooked)
         except BaseException as error:
@@ -162,12 +162,12 @@ def _moved(tensor: torch.Tensor, options: Options, moved: dict[int, torch.Tensor
     return moved[id(tensor)]
 
 
-def _set_counters(work: Work, undo: Undo | None) -> None:
+def _set_counters(work: Work, options: Options, undo: Undo | None) -> None:
     """Batch norms' counters that have no memory yet start at 0; wrappers get their own state."""
     with torch.no_grad():
         for target in work.counters:
             if target.tensor.is_meta:
-                target.module._buffers[target.attribute] = torch.tensor(0, dtype=target.tensor.dtype, device="cpu")
+                target.module._buffers[target.attribute] = torch.tensor(0, dtype=target.tensor.dtype, device=options.device or "cpu")
         for wrapped, value in work.wrapper_state:
             if undo is not None:
                 undo.keep_bytes([wrapped.tensor])

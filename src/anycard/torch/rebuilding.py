@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,11 +19,12 @@ from anycard.checkpoint import Checkpoint
 from anycard.errors import ChoiceError, FormatError, UntrustedError
 from anycard.names.choosing import pick
 from anycard.names.pickled_modules import inert_wrapper, module_state, wrapped_module
-from anycard.pickles.stubs import Inert
+from anycard.pickles.stubs import Counted, Defaulting, Inert, Size
 from anycard.tensors import TensorInfo
 from anycard.torch.dtypes import TO_TORCH
 from anycard.torch.reading import read_tensor
 
+_FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str, bool)}
 _DATA = {("torch", "device"), ("torch", "Size")}
 
 
@@ -110,6 +111,9 @@ class _Builder:
                 stack += [part for pair in obj.pairs for part in pair]
             elif isinstance(obj, TensorInfo):
                 self.uses.setdefault(id(obj.storage), set()).add(obj.place)
+            elif isinstance(obj, Defaulting):
+                known = isinstance(obj.factory, type) and obj.factory.__name__ in _FACTORIES
+                stack += [*obj.keys(), *obj.values(), *([] if known else [obj.factory])]
             elif isinstance(obj, Mapping):
                 stack += [*obj.keys(), *obj.values()]
             elif isinstance(obj, (list, tuple, set, frozenset)):
@@ -163,6 +167,8 @@ class _Builder:
             return TO_TORCH[obj.name] if _is_dtype(obj) else self._resolve(obj, call=False)
         if isinstance(obj, Inert):
             return self._object(obj)
+        if isinstance(obj, Size):
+            return self._done(obj, torch.Size(obj))
         if isinstance(obj, (tuple, set, frozenset)):
             return self._done(obj, type(obj)(self.make(v) for v in obj))
         if isinstance(obj, list):
@@ -170,11 +176,25 @@ class _Builder:
             items.extend(self.make(v) for v in obj)
             return items
         if isinstance(obj, Mapping):
-            held = self._done(obj, OrderedDict() if isinstance(obj, OrderedDict) else {})
+            held = self._done(obj, self._mapping(obj))
             for key, value in obj.items():
                 held[self.make(key)] = self.make(value)
             return held
         return obj
+
+    def _mapping(self, obj: Mapping[Any, Any]) -> dict[Any, Any]:
+        """An empty mapping of the kind that was pickled."""
+        if isinstance(obj, Defaulting):
+            return defaultdict(self._factory(obj.factory))
+        if isinstance(obj, Counted):
+            return Counter()
+        return OrderedDict() if isinstance(obj, OrderedDict) else {}
+
+    def _factory(self, stub: Any) -> Any:
+        """A default factory: one of Python's own containers and numbers, or what was allowed."""
+        if isinstance(stub, type) and issubclass(stub, Inert) and stub.module == "builtins":
+            return _FACTORIES.get(stub.name)
+        return None if stub is None else self.make(stub)
 
     def _done(self, obj: Any, made: Any) -> Any:
         self.made[id(obj)] = made

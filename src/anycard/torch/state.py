@@ -53,7 +53,7 @@ def _wrapper_names(model: nn.Module) -> dict[str, str]:
         row = live_wrapper(module)
         for name in row.own if row is not None else ():
             found[join(live, name)] = join(canonical, name)
-            found[join(live.replace("_checkpoint_wrapped_module.", ""), name)] = join(canonical, name)
+            found[join(live, name).replace("_checkpoint_wrapped_module.", "")] = join(canonical, name)
     return found
 
 

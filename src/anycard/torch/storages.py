@@ -145,8 +145,10 @@ def _keeps_strides(tensor: torch.Tensor) -> bool:
 def dense_bytes(tensor: torch.Tensor, *, row_major_order: bool) -> memoryview:
     """A tensor's bytes on the CPU: as they lie where dense, else row-major."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
-    if row_major_order or not _keeps_strides(plain):
+    if row_major_order or not _keeps_strides(tensor):
         plain = plain.contiguous()
+    elif plain.stride() != tensor.stride():  # what resolved or moved it has laid it out anew
+        plain = torch.empty_strided(tensor.shape, tensor.stride(), dtype=plain.dtype, device="cpu").copy_(plain)
     return _bytes_of(plain.untyped_storage(), int(plain.storage_offset()) * plain.element_size(), plain.nbytes)
 
 
