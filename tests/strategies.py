@@ -113,7 +113,7 @@ NAMES = st.one_of(
             "a.",
         ]
     ),
-    st.text(max_size=6).filter(lambda s: s.isprintable()),
+    st.text(max_size=6).filter(lambda s: s.isprintable() and s != "pt"),  # "pt" has a test of its own
 )
 PLAIN = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False), st.text(max_size=5),
