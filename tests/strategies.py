@@ -79,7 +79,7 @@ LAYOUTS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
 
 
 # Whether conjugated or negated views are drawn that torch resolves into another order than row-major.
-LAZY_OUT_OF_ORDER = False
+LAZY_OUT_OF_ORDER = True
 
 
 def _settled(tensor: torch.Tensor) -> torch.Tensor:
@@ -182,7 +182,7 @@ STATELESS = tuple(name for name in WRAPPERS if name != "averaged")
 
 
 # Activation wrappers hide their segment in the state dict; whether anything may be wrapped below them.
-BELOW_ACTIVATION = False
+BELOW_ACTIVATION = True
 
 
 def wrapped(model: nn.Module, stack: list[str]) -> nn.Module:

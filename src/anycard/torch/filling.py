@@ -167,7 +167,9 @@ def _set_counters(work: Work, options: Options, undo: Undo | None) -> None:
     with torch.no_grad():
         for target in work.counters:
             if target.tensor.is_meta:
-                target.module._buffers[target.attribute] = torch.tensor(0, dtype=target.tensor.dtype, device=options.device or "cpu")
+                target.module._buffers[target.attribute] = torch.tensor(
+                    0, dtype=target.tensor.dtype, device=options.device or "cpu"
+                )
         for wrapped, value in work.wrapper_state:
             if undo is not None:
                 undo.keep_bytes([wrapped.tensor])
