@@ -12,7 +12,7 @@ run: $(READY)  ## the main job: every way of saving x every way of loading, on a
 # What cannot be fetched (no package index in reach) is skipped by its tests, which say so.
 test: $(READY)
 	@$(PY) tests/corpus/fetch.py --small || echo "going on without these"
-	$(PY) -m pytest -n 2 --dist worksteal
+	$(PY) -m pytest -n 2 --dist worksteal -rs
 
 corpus: $(READY)  ## every real checkpoint of tests/corpus/files.tsv (250 MB to download, 130 MB kept in the cache)
 	$(PY) tests/corpus/fetch.py

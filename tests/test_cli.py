@@ -191,8 +191,51 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     """`| head -1` is no error."""
     anycard.save({f"w{i}": torch.ones(1) for i in range(5000)}, tmp_path / "many.pth")
     out = shell(f"set -o pipefail; anycard show --names {tmp_path}/many.pth | head -1")
-    assert out.stdout == b"w0\n"
-    assert out.stderr == b""
+    assert (out.stdout, out.stderr, out.returncode) == (b"w0\n", b"", 0)
+
+
+def test_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
+    """A named pipe without a writer would block for ever: it is said that a file is needed."""
+    os.mkfifo(tmp_path / "pipe.pth")
+    out = shell(f"anycard show {tmp_path}/pipe.pth")
+    assert out.returncode == 2
+    assert b"put it into a file first" in out.stderr
+
+
+def test_what_json_lacks_is_text(tmp_path: Path) -> None:
+    """NaN and infinity beside the weights leave the output valid for strict parsers."""
+    torch.save({"w": torch.ones(1), "best": float("nan"), "worst": float("-inf")}, tmp_path / "a.pth")
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    shown = json.loads(run("show", "--json", tmp_path / "a.pth").output, parse_constant=refuse)
+    assert shown["objects"] == {"best": "nan", "worst": "-inf"}
+
+
+@pytest.mark.parametrize("body", ["raise KeyError('config')", "return 1 / 0", "return 3"])
+def test_a_factory_that_fails_is_bad_usage_not_a_mismatch(folder: Path, body: str) -> None:
+    """What the model's own code raises is one line and exit 2; 1 would say that the file does not fit."""
+    (folder / "mine.py").write_text(f"def broken():\n    {body}\n")
+    out = shell(f"cd {folder} && anycard check a.pth mine:broken")
+    assert out.returncode == 2
+    assert b"Traceback" not in out.stderr
+
+
+def test_rot_does_not_become_valid(folder: Path) -> None:
+    """A damaged file is not given fresh checksums by a conversion, in either format, nor a fingerprint."""
+    for name in ("a.pth", "a.safetensors"):
+        with anycard.open(folder / name) as ckpt:
+            offset = ckpt.tensors["0.weight"].offset
+        data = bytearray((folder / name).read_bytes())
+        assert offset is not None
+        data[offset] ^= 1
+        (folder / name).write_bytes(data)
+        for target in ("new.pt", "new.safetensors"):
+            refused = run("convert", folder / name, folder / target)
+            assert isinstance(refused.exception, anycard.FormatError)
+            assert not (folder / target).exists()
+        assert isinstance(run("fingerprint", folder / name).exception, anycard.FormatError)
 
 
 def test_every_verb_has_help() -> None:

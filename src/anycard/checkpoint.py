@@ -7,8 +7,10 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from zlib_ng import zlib_ng
+
 from anycard.disk.source import Source, open_source
-from anycard.errors import CheckpointError, ChoiceError, FormatError
+from anycard.errors import CheckpointError, ChoiceError, FormatError, naming
 from anycard.formats.index import Index
 from anycard.formats.registry import read_index
 from anycard.limits import DEFAULT, Limits
@@ -76,7 +78,8 @@ class Checkpoint:
 
     @cached_property
     def _contents(self) -> Contents:
-        return contents(self._index.tree, self._limits)
+        with naming(self.path):
+            return contents(self._index.tree, self._limits)
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -102,7 +105,8 @@ class Checkpoint:
     @cached_property
     def found(self) -> Found:
         """The state dicts in the file, and levels of several taken as one."""
-        return find_state_dicts({**self._index.tree, **self.ties} if self.ties else self._index.tree)
+        with naming(self.path):
+            return find_state_dicts({**self._index.tree, **self.ties} if self.ties else self._index.tree)
 
     @cached_property
     def ties(self) -> dict[str, TensorInfo]:
@@ -163,10 +167,20 @@ class Checkpoint:
         raise CheckpointError(f"{self.path} holds no tensor {name!r}", path=self.path, name=name)
 
     def fingerprint(self, key: str | None = None) -> str:
-        """`blake3:` and 64 hex digits: the same for the same weights in any format, any wrapper."""
+        """`blake3:` and 64 hex digits: the same for the same weights in any format, any wrapper.
+
+        Raises:
+            FormatError: A file of ours says another fingerprint of itself: it is damaged.
+        """
+        from anycard.formats.safetensors import FINGERPRINT
         from anycard.operations.fingerprinting import fingerprint_of
 
-        return fingerprint_of(self.weights(key), self._limits)
+        with naming(self.path):
+            found = fingerprint_of(self.weights(key), self._limits)
+        told = self.metadata.get(FINGERPRINT) if key is None and self.marked else None
+        if told is not None and told != found:
+            raise FormatError("the file is damaged: it says another fingerprint of itself", path=self.path)
+        return found
 
 
 Checkpoint.__module__ = "anycard"
@@ -220,6 +234,8 @@ def span_bytes(info: TensorInfo) -> bytearray:
     buffer = bytearray(info.span)
     if buffer and storage.source is not None and info.offset is not None:
         storage.source.read_into(info.offset, memoryview(buffer))
+        if storage.crc is not None and len(buffer) == storage.nbytes and zlib_ng.crc32(buffer) != storage.crc:
+            raise FormatError(f"storage {storage.key} is damaged: its CRC-32 does not match", offset=storage.offset)
     return buffer
 
 

@@ -86,5 +86,19 @@ class ChoiceError(CheckpointError, ValueError):
     """Several things, or none, could be meant; the message lists the choices."""
 
 
+class naming:  # noqa: N801 - a context manager, as in contextlib, without importing that
+    """Give errors from below the file's name."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        if isinstance(error, CheckpointError):
+            error.path = error.path or self._path
+
+
 for _error in (CheckpointError, FormatError, UntrustedError, MismatchError, DeviceError, ChoiceError):
     _error.__module__ = "anycard"

@@ -39,6 +39,14 @@ def factory(spec: str) -> Any:
         raise click.UsageError(f"{spec!r}: MODEL is package.module:factory")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise click.UsageError(f"{spec}: {error}") from None
+        made = getattr(importlib.import_module(module), name)
+    except Exception as error:  # noqa: BLE001 - the module's own code may raise anything
+        raise click.UsageError(f"{spec}: {type(error).__name__}: {error}") from None
+    return lambda: _called(made, spec)
+
+
+def _called(made: Any, spec: str) -> Any:
+    try:
+        return made()
+    except Exception as error:  # noqa: BLE001 - so may the factory
+        raise click.UsageError(f"{spec}() raised {type(error).__name__}: {error}") from None

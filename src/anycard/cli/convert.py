@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from anycard.cli.options import AS_JSON, KEY, MEMBER
-from anycard.cli.output import clean, print_json, summed_up
+from anycard.cli.output import clean, count, print_json, summed_up
 from anycard.operations.conversion import Conversion, convert
 
 
@@ -26,7 +26,7 @@ def command(src: str, dst: str, key: str | None, member: str | None, as_json: bo
     if as_json:
         print_json(asdict(done))
         return
-    click.echo(clean(f"{done.dst}: {done.format}, {done.tensors:,} tensors"))
+    click.echo(clean(f"{done.dst}: {done.format}, {count(done.tensors, 'tensor')}"))
     _say_what_went(done)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from typing import Any
 
@@ -18,6 +19,13 @@ VERBS = ("show", "check", "convert", "diff", "fingerprint", "verify", "matrix")
 class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `| head`: who reads has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
@@ -39,9 +47,8 @@ def run() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         cli()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except FileNotFoundError as error:
+        fail(f"{error.filename}: there is no such file")
     except (CheckpointError, OSError, ValueError, TypeError) as error:
         fail(error)
 
@@ -50,5 +57,6 @@ def fail(error: Any) -> None:
     """Say what went wrong, and exit with 2."""
     from anycard.cli.output import clean
 
-    click.echo(f"anycard: {clean(str(error))}", err=True)
+    text = re.sub(r"\b(key|member)=('[^']*'|\"[^\"]*\")", r"--\1 \2", str(error))  # as the command line spells it
+    click.echo(f"anycard: {clean(text)}", err=True)
     sys.exit(2)

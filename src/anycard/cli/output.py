@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -43,5 +44,26 @@ def summed_up(paths: Sequence[str], most: int = 20) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print data for programs."""
-    click.echo(json.dumps(value, indent=1, default=str, ensure_ascii=True))
+    """Print data for programs; what JSON lacks (NaN, bytes, complex numbers) becomes text."""
+    click.echo(json.dumps(_jsonable(value), indent=1, default=str, ensure_ascii=True, allow_nan=False))
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(held) for held in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people, three digits: `241 MB`."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= power:
+            return f"{nbytes / power:.3g} {unit}" if nbytes < 1000 * power else f"{nbytes / power:,.0f} {unit}"
+    return f"{nbytes} B"
+
+
+def count(number: int, what: str) -> str:
+    """`1 tensor`, `932 tensors`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

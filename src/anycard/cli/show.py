@@ -9,7 +9,7 @@ import click
 
 from anycard.checkpoint import Checkpoint, open_checkpoint
 from anycard.cli.options import AS_JSON, KEY, MEMBER
-from anycard.cli.output import clean, print_json, summed_up, table
+from anycard.cli.output import clean, count, print_json, size, summed_up, table
 from anycard.tensors import TensorInfo
 
 
@@ -59,9 +59,9 @@ def _tree(ckpt: Checkpoint) -> None:
 
 
 def _summary(ckpt: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
-    total = sum(info.nbytes for info in tensors.values())
+    total = size(sum(info.nbytes for info in tensors.values()))
     tags = ", ".join(sorted({info.device for info in tensors.values()}))
-    head = f"{ckpt.path}: {ckpt.format}, {len(tensors):,} tensors, {total / 1e6:,.1f} MB"
+    head = f"{ckpt.path}: {ckpt.format}, {count(len(tensors), 'tensor')}, {total}"
     click.echo(clean(f"{head}, tagged {tags}" if tags else head))
     if ckpt.wrappers:
         click.echo(f"wrappers in the names, dropped on load: {', '.join(map(clean, ckpt.wrappers))}")
@@ -69,10 +69,11 @@ def _summary(ckpt: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
     if len(keys) > 1:
         click.echo(clean(f"state dicts, to pick with --key: {', '.join(keys)}"))
     rows = [
-        (name, info.dtype, " x ".join(map(str, info.shape)) or "scalar", f"{info.nbytes / 1e6:,.3f}")
+        (name or "(the tensor itself)", info.dtype, " x ".join(map(str, info.shape)) or "scalar", size(info.nbytes))
         for name, info in tensors.items()
     ]
-    table([("tensor", "dtype", "shape", "MB"), *rows], right=(3,))
+    if rows:
+        table([("tensor", "dtype", "shape", "size"), *rows], right=(3,))
     beside = [name for name in ckpt.objects if name]
     if beside:
         click.echo(f"beside the tensors: {summed_up(beside)}")

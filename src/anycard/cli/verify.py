@@ -8,8 +8,8 @@ from dataclasses import asdict
 import click
 
 from anycard.cli.options import AS_JSON
-from anycard.cli.output import clean, print_json
-from anycard.operations.verification import verify
+from anycard.cli.output import clean, count, print_json
+from anycard.operations.verification import Report, verify
 
 
 @click.command("verify")
@@ -21,8 +21,16 @@ def command(file: str, as_json: bool) -> None:
     if as_json:
         print_json({**asdict(report), "ok": report.ok})
     else:
-        unchecked = f", {len(report.unchecked):,} carry no checksum" if report.unchecked else ""
-        click.echo(f"{'whole' if report.ok else 'damaged'}: {report.checked:,} tensors checked{unchecked}")
+        click.echo(_verdict(report))
         for name in report.damaged:
             click.echo(clean(f"damaged  {name}", line=True))
     sys.exit(0 if report.ok else 1)
+
+
+def _verdict(report: Report) -> str:
+    unchecked = f", {count(len(report.unchecked), 'tensor')} without a checksum" if report.unchecked else ""
+    if report.damaged:
+        return f"damaged: {len(report.damaged):,} of {report.checked + len(report.damaged):,}{unchecked}"
+    if not report.checked:
+        return f"nothing to check{unchecked}"
+    return f"whole: {count(report.checked, 'tensor')} checked{unchecked}"

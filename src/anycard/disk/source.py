@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import threading
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -151,6 +152,10 @@ def open_source(file: str | os.PathLike[str] | BinaryIO) -> Source:
         path = os.fspath(file)
         if os.path.isdir(path):  # noqa: PTH112 - a path of any kind, without importing pathlib
             raise FormatError(f"{path} is a folder, not a checkpoint file", path=path)
+        mode = os.stat(path).st_mode  # noqa: PTH116
+        if not stat.S_ISREG(mode):
+            message = f"{path} is a pipe or a device, which cannot be read at an offset: put it into a file first"
+            raise FormatError(message, path=path)
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
         return FileSource(path, fd, owned=True)
     if not hasattr(file, "read") or not hasattr(file, "seek"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT, Limits
 from anycard.names.paths import join
-from anycard.names.pickled_modules import module_state, wrapped_module
+from anycard.names.pickled_modules import is_module, module_state, wrapped_module
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
@@ -52,7 +52,7 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
             continue
         if len(above) > limits.depth:
             raise FormatError(f"the file's object is nested deeper than {limits.depth} levels at {path[:200]}")
-        if isinstance(obj, Inert):
+        if isinstance(obj, Inert) and not is_module(obj):
             found.objects[path] = obj
             found.above[path] = above
         repeated = count.again(obj) or repeated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Piece, counted
-from anycard.errors import CheckpointError, ChoiceError
+from anycard.errors import CheckpointError, ChoiceError, FormatError, naming
 from anycard.formats.registry import format_for
 from anycard.formats.safetensors import write_safetensors
 from anycard.formats.torch_zip_writer import write_torch_zip
@@ -19,6 +20,7 @@ from anycard.limits import DEFAULT
 from anycard.names.choosing import canonical_names, wrapper_state
 from anycard.names.stored import StateDict
 from anycard.operations.contents import Copier, piece_of
+from anycard.operations.verification import verify_checkpoint
 from anycard.pickles.writer import dump
 from anycard.plans.matching import Match, canonical_metadata
 from anycard.progress import Progress, counting
@@ -63,7 +65,9 @@ def convert(
         ValueError: The suffix of `dst` says no format.
     """
     kind = format_for(os.fspath(dst))
-    with open_checkpoint(src, member=member) as ckpt:
+    with open_checkpoint(src, member=member) as ckpt, naming(os.fspath(src)):
+        if ckpt.format == "safetensors" and (damaged := verify_checkpoint(ckpt).damaged):
+            raise FormatError(f"{damaged[0]} or another tensor is damaged: the fingerprint does not match")
         if kind == "safetensors":
             count, left = _to_safetensors(ckpt, key, os.fspath(dst), progress)
         else:
@@ -101,10 +105,16 @@ def _refuse_other_tensors(ckpt: Checkpoint, found: StateDict) -> None:
     if others:
         raise ChoiceError(
             f"{ckpt.path} holds tensors beside {found.key!r}, which safetensors would lose: "
-            f"{', '.join(others[:10])}{' …' if len(others) > 10 else ''} ({len(others)} in all). "
+            f"{_places(others)}. "
             f"To take {found.key!r} alone: key={found.key!r}; a .pt or .pth keeps everything",
             path=ckpt.path,
         )
+
+
+def _places(paths: list[str]) -> str:
+    """Where tensors are, by the first part of their path: `optimizer (36)`."""
+    counts = Counter(path.partition(".")[0] for path in paths)
+    return ", ".join(f"{place} ({count:,})" for place, count in counts.most_common(10))
 
 
 def _beside(ckpt: Checkpoint, found: StateDict) -> tuple[str, ...]:

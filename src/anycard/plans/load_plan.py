@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -73,6 +74,20 @@ class LoadPlan:
         lines += [f"  no value    {name}: on the meta device and not in the file; {_META}" for name in self.unfillable]
         return lines
 
+    def _renames(self) -> list[str]:
+        """A line for each rename; where many names lost or got the same prefix, one line for all of them."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for stored, name in self.renamed.items():
+            same = len(os.path.commonprefix([stored[::-1], name[::-1]]))  # noqa: RUF071 - letters are meant
+            groups.setdefault((stored[: len(stored) - same], name[: len(name) - same]), []).append(stored)
+        lines = []
+        for (old, new), names in groups.items():
+            if len(names) > 3:
+                lines.append(f"{len(names)} names: {old}* -> {new}*")
+            else:
+                lines += [f"{stored} -> {self.renamed[stored]}" for stored in names]
+        return lines
+
     def _missing(self, name: str) -> str:
         near = self.nearest.get(name)
         return f"{name}   nearest in the file: {near}, same shape" if near else name
@@ -103,7 +118,7 @@ class LoadPlan:
             if name not in self.refused
         ]
         lines += [f"  tied        {a} and {b}: two tensors in the file, one in the model" for a, b in self.conflicts]
-        lines += [f"  renamed     {stored} -> {name}" for stored, name in self.renamed.items()]
+        lines += [f"  renamed     {text}" for text in self._renames()]
         lines += [f"  note        {note}" for note in self.notes]
         return "\n".join(_CONTROL.sub("?", line) for line in lines)
 

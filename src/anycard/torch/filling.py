@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from anycard.errors import naming
 from anycard.limits import DEFAULT, Limits
 from anycard.progress import Progress, counting
 from anycard.tensors import is_dense
 from anycard.torch.calling import call_loaders, check_extras, run_post_hooks, set_extras
 from anycard.torch.modules import walk
-from anycard.torch.reading import Fill, fill_tensors, naming
+from anycard.torch.reading import Fill, fill_tensors
 from anycard.torch.undo import Undo
 from anycard.torch.work import Options, Work, final_dtype
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from anycard.disk.transfer import ReadJob, run_reads
-from anycard.errors import FormatError
+from anycard.errors import FormatError, naming
 from anycard.limits import DEFAULT, Limits
 from anycard.names.choosing import canonical_names
 from anycard.names.plain import plain
@@ -217,13 +216,3 @@ def materialise(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(materialise(v) for v in value)
     return plain(value) if isinstance(value, (Inert, type)) else value
-
-
-@contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Give errors from below the file's name."""
-    try:
-        yield
-    except FormatError as error:
-        error.path = error.path or path
-        raise
