@@ -152,12 +152,15 @@ def _readings(candidate: StateDict, shapes: Mapping[str, tuple[int, ...]], renam
     """The candidate from its top, and from every prefix that its names vote for."""
     variants = _variants(candidate)
     lookup = _lookup(shapes)
-    prefixes: dict[str, int] = {"": 0}
+    top = _read_from(candidate, "", variants, lookup, rename)
+    if shapes and all(name in top.names for name in shapes):
+        return [top]  # no place further down could have more, and the top goes before
+    prefixes: dict[str, int] = {}
     for forms, _ in variants.values():
         for prefix in {p for form in forms for p in _voted(form, lookup)}:
             prefixes[prefix] = prefixes.get(prefix, 0) + 1
     ranked = sorted(prefixes, key=lambda p: (-prefixes[p], len(p)))[:50]
-    return [_read_from(candidate, prefix, variants, lookup, rename) for prefix in {"": 0, **dict.fromkeys(ranked)}]
+    return [top, *(_read_from(candidate, prefix, variants, lookup, rename) for prefix in ranked)]
 
 
 class _Stored(NamedTuple):
@@ -184,6 +187,8 @@ def _variants(candidate: StateDict) -> dict[str, _Stored]:
 
 def _forms(name: tuple[str, ...], nodes: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """The name without every `module` that may be a wrapper's, then with some of them, then as it is."""
+    if "module" not in name:
+        return [name]
     places = [i for i, part in enumerate(name) if part == "module" and name[:i] in nodes]
     some = places[:6]
     forms = {tuple(part for i, part in enumerate(name) if i not in places): None}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from anycard.checkpoint import Checkpoint, open_checkpoint
+from anycard.collection import uncollected
 from anycard.errors import ChoiceError, FormatError
 from anycard.operations.verification import verify_checkpoint
 from anycard.plans.load_plan import LoadPlan
@@ -71,7 +72,7 @@ def load(
         ChoiceError: Several state dicts could be meant.
     """
     options = _options(device, dtype, strict, key, rename, only)
-    with open_checkpoint(path, member=member) as ckpt:
+    with uncollected(), open_checkpoint(path, member=member) as ckpt:
         if verify:
             _verify(ckpt)
         if model is None:
@@ -107,7 +108,7 @@ def plan(
         FormatError: Damaged, or no checkpoint.
     """
     options = _options(device, dtype, strict, key, rename, only)
-    with open_checkpoint(path, member=member) as ckpt:
+    with uncollected(), open_checkpoint(path, member=member) as ckpt:
         return _planned(ckpt, model, options)[0].plan
 
 
