@@ -1,4 +1,4 @@
-"""What the tests share: values no initialisation would give, comparison bit for bit, device tags."""
+"""What the tests share: values no initialisation would give, comparison bit for bit, device tags, small models."""
 
 from __future__ import annotations
 
@@ -142,3 +142,50 @@ def only_file(folder: Path) -> str:
     names = [path.name for path in folder.iterdir()]
     assert len(names) == 1, names
     return names[0]
+
+
+class Small(nn.Module):
+    """Weights, float and integer buffers."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(2, 4, 3)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, classes)
+
+
+class Language(nn.Module):
+    """Three names for one tensor: embedding, head, and the head of a second model."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(5, 3)
+        self.lm_head = nn.Linear(3, 5, bias=False)
+        self.aux = nn.ModuleDict({"head": nn.Linear(3, 5, bias=False)})
+        if tied:
+            self.lm_head.weight = self.aux["head"].weight = self.wte.weight
+
+    def is_tied(self) -> bool:
+        return self.lm_head.weight is self.wte.weight is self.aux["head"].weight
+
+
+def both(build: Any) -> list[Any]:
+    """The two ways to give a model: a factory, and one that is there."""
+    return [build, filled(build(), 5)]
+
+
+def agrees_with_torch(build: Any, state: dict[str, Any], path: Any) -> None:
+    """anycard gives a module that loads itself the very tensors that load_state_dict gives it."""
+    import anycard
+
+    torch.save(state, path)
+    theirs = filled(build(), 5)
+    theirs.load_state_dict(torch.load(path, weights_only=True))
+    for target in both(lambda: filled(build(), 5)):
+        assert_same(everything(anycard.load(path, target)), everything(theirs))
+
+
+def on_meta(build: Any) -> nn.Module:
+    """The model without memory."""
+    with torch.device("meta"):
+        return build()

@@ -1,0 +1,175 @@
+"""Where in a file the weights are: below keys, in nested dicts, beside another state dict that fits as well."""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import anycard
+from helpers import Small, assert_same, both, filled, quiet, told, unchanged, weights
+
+
+def two_nets(keys: tuple[str, str]) -> tuple[dict[str, Any], nn.Module, nn.Module]:
+    one, two = filled(Small(), 1), filled(Small(), 2)
+    return {keys[0]: one.state_dict(), keys[1]: two.state_dict()}, one, two
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("online", "target"), ("state_dict", "state_dict_ema"), ("model", "model_ema"), ("netG_A", "netG_B"), ("q", "k")],
+)
+@pytest.mark.parametrize("legacy", [True, False])
+def test_two_state_dicts_that_fit_are_listed_and_key_picks(tmp_path, keys, legacy):
+    """Two networks of one shape in a file: the error names both, key= picks, nothing changes before."""
+    tree, *nets = two_nets(keys)
+    tree |= {"epoch": 3, "optimizer": torch.optim.SGD(nets[0].parameters(), 0.1).state_dict()}
+    torch.save(tree, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    model = filled(Small(), 5)
+    with unchanged(model), pytest.raises(anycard.CheckpointError) as caught:
+        anycard.load(tmp_path / "a.pth", model)
+    assert all(repr(key) in str(caught.value) for key in keys)
+    for key, net in zip(keys, nets, strict=True):
+        assert_same(weights(anycard.load(tmp_path / "a.pth", model, key=key)), weights(net))
+        assert_same(anycard.read(tmp_path / "a.pth", key=key), weights(net))
+    with pytest.raises(ValueError, match=keys[0]):
+        anycard.read(tmp_path / "a.pth", key="nothing")
+
+
+def test_two_model_objects_in_one_file(tmp_path):
+    """model and ema both as objects: both are named, key= picks."""
+    one, two = filled(Small(), 1), filled(Small(), 2)
+    torch.save({"model": one, "ema": two}, tmp_path / "a.pt")
+    model = filled(Small(), 5)
+    with unchanged(model), pytest.raises(anycard.CheckpointError, match=r"'model'.*'ema'"):
+        anycard.load(tmp_path / "a.pt", model)
+    assert_same(weights(anycard.load(tmp_path / "a.pt", Small, key="ema")), weights(two))
+
+
+def test_a_momentum_pair_below_one_wrapper(tmp_path):
+    """MoCo's names: query and key encoder in one DataParallel state dict, beside a queue; key= or rename picks."""
+    query, key = filled(Small(), 1), filled(Small(), 2)
+    state = {f"module.encoder_q.{k}": v for k, v in weights(query).items()}
+    state |= {f"module.encoder_k.{k}": v for k, v in weights(key).items()}
+    state |= {"module.queue": torch.rand(4, 3), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    torch.save({"epoch": 3, "arch": "small", "state_dict": state}, tmp_path / "moco.pth.tar")
+    model = filled(Small(), 5)
+    with unchanged(model), pytest.raises(anycard.CheckpointError, match=r"encoder_q.*encoder_k"):
+        anycard.load(tmp_path / "moco.pth.tar", model)
+    rename = [(r"^(module\.)?encoder_q\.", "")]
+    with quiet():
+        assert_same(
+            weights(anycard.load(tmp_path / "moco.pth.tar", model, rename=rename, strict=False)), weights(query)
+        )
+    with quiet():
+        loaded = anycard.load(tmp_path / "moco.pth.tar", Small, key="module.encoder_k", strict=False)
+    assert_same(weights(loaded), weights(key))
+
+
+def test_a_part_of_a_larger_model(tmp_path):
+    """The file of a model with two encoders, for one encoder: both places are named, key= picks one."""
+    large = filled(nn.ModuleDict({"enc": nn.Sequential(nn.Linear(2, 2)), "dec": nn.Sequential(nn.Linear(2, 2))}))
+    anycard.save(large, tmp_path / "a.pth")
+    part = filled(nn.Sequential(nn.Linear(2, 2)), 5)
+    with unchanged(part), pytest.raises(anycard.CheckpointError, match=r"enc.*dec"):
+        anycard.load(tmp_path / "a.pth", part)
+    anycard.load(tmp_path / "a.pth", part, key="dec")
+    assert_same(weights(part), weights(large["dec"]))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "module.model.", "_forward_module.net.", "encoder.backbone."])
+def test_a_prefix_that_the_model_lacks_is_found(tmp_path, prefix):
+    """Lightning's `model.` and its like: the model's names begin below it."""
+    source = filled(Small())
+    torch.save({"state_dict": {prefix + k: v for k, v in weights(source).items()}, "epoch": 1}, tmp_path / "a.ckpt")
+    for target in both(Small):
+        assert_same(weights(anycard.load(tmp_path / "a.ckpt", target)), weights(source))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda nested: nested,
+        lambda nested: {"model": nested, "iteration": 5, "args": argparse.Namespace(a=1)},
+        lambda nested: {"state_dict": {"net": nested}},
+    ],
+    ids=["top", "key", "two keys"],
+)
+def test_a_state_dict_in_nested_dicts(tmp_path, place):
+    """Names split over dicts of dicts at odd places join by dots, at the top and below a key."""
+    source = filled(Small())
+    state = weights(source)
+    nested = {
+        "stem": {"weight": state["stem.weight"], "bias": state["stem.bias"]},
+        "norm": OrderedDict((k[5:], v) for k, v in state.items() if k.startswith("norm.")),
+        "head": {"weight": state["head.weight"], "bias": state["head.bias"]},
+    }
+    torch.save(place(nested), tmp_path / "a.pt")
+    for target in both(Small):
+        assert_same(weights(anycard.load(tmp_path / "a.pt", target)), state)
+
+
+def test_two_places_with_one_path_are_not_mixed_up(tmp_path):
+    """`{"a": {"b": x}, "a.b": y}`: two tensors of one full path are both kept, or the file is refused."""
+    torch.save({"a": {"b": torch.zeros(2)}, "a.b": torch.ones(2)}, tmp_path / "a.pt")
+    told(lambda: anycard.read(tmp_path / "a.pt"), "a.b")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda model: (model.state_dict(), 5),
+        lambda model: [model.state_dict(), torch.optim.Adam(model.parameters()).state_dict(), 3],
+        lambda model: (model, torch.optim.Adam(model.parameters()).state_dict()),
+        lambda model: {"epoch": 1, "model": None, "ema": model, "updates": 3},
+    ],
+    ids=["tuple", "list", "module in a tuple", "module under ema"],
+)
+def test_state_dicts_at_odd_places(tmp_path, place):
+    """In a tuple, a list, beside nothing under the usual key: the one state dict is found, and read."""
+    source = filled(Small())
+    torch.save(place(source), tmp_path / "a.pt")
+    for target in both(Small):
+        assert_same(weights(anycard.load(tmp_path / "a.pt", target)), weights(source))
+    assert_same(anycard.read(tmp_path / "a.pt"), weights(source))
+
+
+@pytest.mark.parametrize("tree", [{"module": ...}, {"module": ..., "optimizer": None, "global_steps": 3}])
+def test_deepspeeds_key_is_not_a_wrapper(tmp_path, tree):
+    """{"module": state dict, ...}: the outer key goes, the names are the model's."""
+    source = filled(Small())
+    torch.save(tree | {"module": source.state_dict()}, tmp_path / "a.pt")
+    assert_same(weights(anycard.load(tmp_path / "a.pt", Small)), weights(source))
+    assert_same(anycard.read(tmp_path / "a.pt"), weights(source))
+
+
+def test_the_reference_scripts_of_torchvision(tmp_path):
+    """model and model_ema in one file: both fit, so both are named; key= gives either, with its counter."""
+    source, ema = filled(Small()), AveragedModel(filled(Small(), 1))
+    ema.n_averaged.fill_(9)
+    tree = {"model": source.state_dict(), "model_ema": ema.state_dict(), "epoch": 1, "args": argparse.Namespace(a=1)}
+    torch.save(tree, tmp_path / "a.pth")
+    for target in (Small, nn.DataParallel(Small())):
+        with pytest.raises(anycard.CheckpointError, match="model_ema"):
+            anycard.load(tmp_path / "a.pth", target)
+    assert_same(weights(anycard.load(tmp_path / "a.pth", Small, key="model_ema")), weights(ema.module))
+    assert int(anycard.load(tmp_path / "a.pth", AveragedModel(Small()), key="model_ema").n_averaged) == 9
+
+
+def test_averages_of_another_library(tmp_path):
+    """timm's ModelEmaV2 keeps the model under `module`: its file fits the bare model, and the other way round."""
+    from timm.utils import ModelEmaV2
+
+    source = filled(Small())
+    ema = ModelEmaV2(source)
+    anycard.save(ema, tmp_path / "ours.pth")
+    torch.save({"state_dict_ema": ema.state_dict()}, tmp_path / "theirs.pth")
+    anycard.save(source, tmp_path / "bare.pth")
+    for name in ("ours.pth", "theirs.pth", "bare.pth"):
+        assert_same(weights(anycard.load(tmp_path / name, Small)), weights(source))
+        assert_same(weights(anycard.load(tmp_path / name, ModelEmaV2(filled(Small(), 5))).module), weights(source))

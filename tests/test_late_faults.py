@@ -1,0 +1,69 @@
+"""What goes wrong late, when a load has begun, leaves an existing model as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import anycard
+from helpers import Small, filled, unchanged
+
+
+def test_an_optimizer_that_refuses_leaves_the_model_alone(tmp_path):
+    """In a dict of objects the model is filled first; where the optimizer then refuses, it is as it was."""
+    source = filled(Small())
+    anycard.save({"model": source, "optimizer": torch.optim.Adam(source.parameters())}, tmp_path / "a.ckpt")
+    model = filled(Small(), 5)
+    other = torch.optim.Adam([model.stem.weight])
+    before = other.state_dict()["param_groups"]
+    with unchanged(model), pytest.raises(anycard.CheckpointError, match="optimizer"):
+        anycard.load(tmp_path / "a.ckpt", {"model": model, "optimizer": other})
+    assert other.state_dict()["param_groups"] == before
+
+
+@pytest.mark.parametrize("dtype", [None, pytest.param(torch.float16)])
+def test_a_hook_that_raises_after_loading(tmp_path, dtype):
+    """A post-hook raises: an existing model is restored, also where it had got new memory."""
+    anycard.save(filled(Small()), tmp_path / "a.pth")
+    model = filled(Small(), 5)
+
+    def hook(module: nn.Module, keys: Any) -> None:
+        raise ZeroDivisionError
+
+    model.register_load_state_dict_post_hook(hook)
+    with unchanged(model), pytest.raises(ZeroDivisionError):
+        anycard.load(tmp_path / "a.pth", model, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_an_interrupt_in_the_middle(tmp_path, dtype):
+    """Ctrl-C while bytes are read: an existing small model is restored."""
+    anycard.save(filled(Small()), tmp_path / "a.pth")
+    model = filled(Small(), 5)
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        anycard.load(tmp_path / "a.pth", model, dtype=dtype, progress=stop)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_verify_finds_damage_before_an_existing_model_is_touched(tmp_path, suffix):
+    """One flipped bit: verify=True names the tensor and changes nothing; a factory's load checks by itself."""
+    path = tmp_path / f"a{suffix}"
+    anycard.save(filled(Small()), path)
+    data = bytearray(path.read_bytes())
+    with anycard.open(path) as ckpt:
+        data[ckpt.tensors["head.weight"].offset] ^= 1
+    path.write_bytes(data)
+    model = filled(Small(), 5)
+    with unchanged(model), pytest.raises(anycard.FormatError):
+        anycard.load(path, model, verify=True)
+    if suffix == ".pth":
+        with pytest.raises(anycard.FormatError, match=r"head\.weight"):
+            anycard.load(path, Small)
