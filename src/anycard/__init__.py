@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from anycard.operations.comparison import diff
     from anycard.operations.conversion import convert
+    from anycard.operations.scanning import scan
     from anycard.operations.verification import verify
     from anycard.plans.load_plan import LoadPlan
     from anycard.tensors import TensorInfo
@@ -43,6 +44,7 @@ _HOMES = {
     "plan": ("anycard.torch.loading", "plan"),
     "read": ("anycard.torch.reading", "read"),
     "save": ("anycard.torch.saving", "save"),
+    "scan": ("anycard.operations.scanning", "scan"),
     "verify": ("anycard.operations.verification", "verify"),
 }
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "plan",
     "read",
     "save",
+    "scan",
     "verify",
 ]
 

@@ -13,7 +13,7 @@ import click
 from anycard.errors import CheckpointError
 from anycard.version import __version__
 
-VERBS = ("show", "check", "convert", "diff", "fingerprint", "verify", "matrix")
+VERBS = ("show", "check", "convert", "diff", "fingerprint", "verify", "scan", "matrix")
 
 
 class _Verbs(click.Group):

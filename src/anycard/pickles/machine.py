@@ -50,7 +50,11 @@ def read_pickle(
     Raises:
         FormatError: Truncated, malformed, or beyond the limits; with the byte offset.
     """
-    machine = Machine(data, start, persistent_load, limits)
+    return guarded(Machine(data, start, persistent_load, limits), base)
+
+
+def guarded(machine: Machine, base: int) -> tuple[Any, int]:
+    """Run a machine; whatever a damaged pickle makes of it is a FormatError with the byte offset."""
     try:
         return machine.run()
     except FormatError as error:

@@ -1,0 +1,225 @@
+"""`scan`: what loading a file the ordinary way would import and call. Nothing of it is run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from anycard.containers.inflated import record_bytes
+from anycard.containers.zip_directory import Record as ZipRecord
+from anycard.containers.zip_directory import read_directory
+from anycard.disk.source import Source, StreamSource, open_source
+from anycard.errors import FormatError
+from anycard.limits import DEFAULT, Limits
+from anycard.pickles.judging import CLEAN, RUNS, UNKNOWN, judge
+from anycard.pickles.recording import Record, record_pickle
+
+_DEEPEST = 5  # files within files
+_MOST_PICKLES = 100_000
+_NAMED = (".pkl", ".pickle", ".p", ".pt", ".pth", ".bin", ".ckpt", ".dill", ".joblib")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A global that a pickle names.
+
+    Attributes:
+        name: `module.name`.
+        kind: "torch's own tensor format", "inert data", "unknown" or "runs code".
+        called: It is called, not only referred to.
+        where: The pickle: a record's name, and what it lies in.
+        offset: Byte offset within that pickle's data.
+    """
+
+    name: str
+    kind: str
+    called: bool
+    where: str
+    offset: int
+
+
+@dataclass
+class ScanReport:
+    """What `scan` found.
+
+    Attributes:
+        path: The file or folder.
+        pickles: How many pickles were followed.
+        findings: Every global, worst first.
+        unreadable: What could not be followed to its end, and why.
+    """
+
+    path: str
+    pickles: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """Nothing but torch's own tensor format and inert data would be touched, and all of it was followed."""
+        return not self.unreadable and not self.bad
+
+    @property
+    def bad(self) -> list[Finding]:
+        """What is unknown or runs code."""
+        return [finding for finding in self.findings if finding.kind not in CLEAN]
+
+
+def scan(path: str | os.PathLike[str], *, allow: Iterable[str] = (), limits: Limits = DEFAULT) -> ScanReport:
+    """Say what every pickle in a file, or in the files of a folder, would import and call.
+
+    Args:
+        allow: Globals (`package.module.name`) that the caller vouches for.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    scanner = _Scanner(os.fspath(path), frozenset([allow] if isinstance(allow, str) else allow), limits)
+    for file, label in _files(os.fspath(path)):
+        try:
+            source = open_source(file)
+        except FormatError as error:
+            scanner.report.unreadable.append(f"{label or file}: {error.args[0]}")
+            continue
+        try:
+            scanner.file(source, label, 0)
+        finally:
+            source.close()
+    order = (RUNS, UNKNOWN)
+    scanner.report.findings.sort(key=lambda f: order.index(f.kind) if f.kind in order else len(order))
+    return scanner.report
+
+
+def _files(path: str) -> Iterator[tuple[str, str]]:
+    if not os.path.isdir(path):  # noqa: PTH112
+        yield path, ""
+        return
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            full = os.path.join(folder, name)  # noqa: PTH118
+            yield full, os.path.relpath(full, path)
+
+
+class _Scanner:
+    def __init__(self, path: str, allow: frozenset[str], limits: Limits) -> None:
+        self.report = ScanReport(path)
+        self._allow = allow
+        self._script = False  # within a TorchScript archive
+        self._limits = limits
+
+    def file(self, source: Source, where: str, depth: int) -> None:
+        """A file, or bytes that a file holds."""
+        head = source.read(0, min(source.size, 16))
+        if depth > _DEEPEST:
+            self._unreadable(where, "files within files, deeper than 5")
+        elif head[:2] == b"PK":
+            self._zip(source, where, depth)
+        elif _may_be_pickle(head) or where.lower().endswith(_NAMED) or not depth:
+            self._stream(source, where, depth)
+
+    def _zip(self, source: Source, where: str, depth: int) -> None:
+        try:
+            records = read_directory(source, self._limits)
+        except FormatError as error:
+            self._unreadable(where, str(error.args[0]))
+            return
+        self._script = any(name.endswith("/constants.pkl") or name == "constants.pkl" for name in records)
+        for name, record in records.items():
+            inside = f"{where}/{name}" if where else name
+            if name.lower().endswith(".py"):
+                self._source(source, record, inside)
+            storage = name.rpartition("/")[0].endswith("data") and name.rpartition("/")[2].isdigit()
+            if storage or name.lower().endswith((".py", ".json", ".txt", ".md")):
+                continue
+            try:
+                data = bytes(record_bytes(source, record, self._limits.index_nbytes))
+            except FormatError as error:
+                self._unreadable(inside, str(error.args[0]))
+                continue
+            if _may_be_pickle(data[:16]) or data[:2] == b"PK" or name.lower().endswith(_NAMED):
+                self._bytes(data, inside, depth + 1)
+
+    def _source(self, source: Source, record: ZipRecord, where: str) -> None:
+        """Code in the archive: TorchScript's runs on load where it sets state, a torch package's when imported."""
+        if not self._script:
+            self.report.findings.append(Finding("Python source in the archive", RUNS, False, where, 0))
+            return
+        try:
+            code = bytes(record_bytes(source, record, self._limits.index_nbytes))
+        except FormatError as error:
+            self._unreadable(where, str(error.args[0]))
+            return
+        at = code.find(b"def __setstate__")
+        if at >= 0:
+            self.report.findings.append(Finding("TorchScript __setstate__", RUNS, True, where, at))
+
+    def _bytes(self, data: bytes, where: str, depth: int) -> None:
+        import io
+
+        self.file(StreamSource(where, io.BytesIO(data)), where, depth)
+
+    def _stream(self, source: Source, where: str, depth: int) -> None:
+        """Pickles one after the other from the start; what follows a torch file's five is its storages."""
+        if _is_safetensors(source):
+            return
+        if source.size > self._limits.index_nbytes:
+            data = source.read(0, self._limits.index_nbytes)
+        else:
+            data = source.read(0, source.size)
+        at = count = 0
+        legacy = _is_legacy(data)
+        while at < len(data) and (not legacy or count < 5):
+            if count and not _may_be_pickle(data[at : at + 16]):
+                break
+            record = Record()
+            try:
+                record_pickle(data, at, self._limits, record)
+            except FormatError as error:
+                offset = f" at byte {error.offset:,}" if error.offset is not None else ""
+                self._unreadable(where, f"the pickle cannot be followed to its end{offset}: {error.args[0]}")
+                self._take(record, where, depth)
+                return
+            self._take(record, where, depth)
+            at, count = record.end, count + 1
+            if self.report.pickles > _MOST_PICKLES:
+                self._unreadable(where, "more pickles than anything real holds")
+                return
+        if not count:
+            self._unreadable(where, "neither a torch file nor a pickle")
+        elif not legacy and at < len(data):
+            self._unreadable(where, f"{len(data) - at:,} bytes after the last pickle, from byte {at:,}, are no pickle")
+
+    def _take(self, record: Record, where: str, depth: int) -> None:
+        self.report.pickles += 1
+        for (module, name), offset in record.globals.items():
+            full = f"{module}.{name}"
+            kind = judge(module, name, script=self._script)
+            if (module, name) == ("torch.storage", "_load_from_bytes") and record.nested:
+                kind = judge("torch", "Tensor")  # what it would load is scanned in its own right
+            if kind in CLEAN or full not in self._allow:
+                called = (module, name) in record.calls
+                self.report.findings.append(Finding(full, kind, called, where, offset))
+        for index, data in enumerate(record.nested):
+            self._bytes(data, f"{where}/nested {index}", depth + 1)
+
+    def _unreadable(self, where: str, why: str) -> None:
+        self.report.unreadable.append(f"{where}: {why}" if where else why)
+
+
+def _may_be_pickle(head: bytes) -> bool:
+    """It begins as pickles of protocols 2 to 5 do, or as those of protocol 0 and 1 that name something."""
+    return head[:1] in (b"\x80", b"(", b"c", b"]", b"}")
+
+
+_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+
+
+def _is_legacy(data: bytes) -> bool:
+    return _MAGIC in data[:24]
+
+
+def _is_safetensors(source: Source) -> bool:
+    head = source.read(0, min(source.size, 9))
+    return len(head) == 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= source.size - 8

@@ -1,0 +1,79 @@
+"""The interpreter that reads, writing down each global and each call on its way. It runs nothing, either."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from anycard.limits import Limits
+from anycard.pickles.machine import Machine, guarded
+from anycard.pickles.stubs import Inert
+from anycard.pickles.views import MOST_ELEMENTS, is_storage_class
+from anycard.tensors import DTYPES, Storage
+
+# Calls whose argument is a pickle or a torch file in itself.
+_NESTED = frozenset((("torch.storage", "_load_from_bytes"), ("pickle", "loads"), ("_pickle", "loads")))
+_MOST_NESTED = 10_000
+
+
+@dataclass
+class Record:
+    """What one pickle names and calls.
+
+    Attributes:
+        globals: Global -> byte offset of its first mention in the pickle's data.
+        calls: What is called (REDUCE and kin) -> byte offset of the first call.
+        nested: Bytes that a call would load as a pickle or a torch file.
+        end: Where the pickle ends.
+    """
+
+    globals: dict[tuple[str, str], int] = field(default_factory=dict)
+    calls: dict[tuple[str, str], int] = field(default_factory=dict)
+    nested: list[bytes] = field(default_factory=list)
+    end: int = 0
+
+
+class _Recorder(Machine):
+    def __init__(self, data: bytes, start: int, limits: Limits, record: Record) -> None:
+        super().__init__(data, start, _any_storage, limits)
+        self._record = record
+
+    def find_class(self, module: str, name: str) -> type[Inert]:
+        found = super().find_class(module, name)
+        self._record.globals.setdefault((found.module, found.name), self.at)
+        return found
+
+    def call(self, func: Any, args: Any) -> Any:
+        self._note(func, args)
+        return super().call(func, args)
+
+    def new(self, cls: Any, args: Any, kwargs: Any) -> Any:
+        self._note(cls, args)
+        return super().new(cls, args, kwargs)
+
+    def _note(self, func: Any, args: Any) -> None:
+        kind = func if isinstance(func, type) else type(func)
+        place = (getattr(kind, "module", ""), getattr(kind, "name", ""))
+        self._record.calls.setdefault(place, self.at)
+        holds = place in _NESTED and type(args) is tuple and args and isinstance(args[0], (bytes, bytearray))
+        if holds and len(self._record.nested) < _MOST_NESTED:
+            self._record.nested.append(bytes(args[0]))
+
+
+def _any_storage(pid: Any) -> Any:
+    """A storage that is as large as the pickle says: a scan looks at the pickle, not at the bytes beside it."""
+    if type(pid) is tuple and len(pid) >= 5 and is_storage_class(pid[1]) and type(pid[4]) is int:
+        numel = min(max(pid[4], 0), MOST_ELEMENTS)
+        size = DTYPES[pid[1].dtype].itemsize if pid[1].dtype else 1
+        return pid[1].of(Storage("scan", numel * size, missing="only scanned"), numel)
+    return pid
+
+
+def record_pickle(data: bytes, start: int, limits: Limits, record: Record) -> None:
+    """Interpret one pickle to its STOP, into `record`, which holds what was met up to there on an error as well.
+
+    Raises:
+        FormatError: It cannot be followed to its end; with the byte offset.
+    """
+    machine = _Recorder(data, start, limits, record)
+    _, record.end = guarded(machine, 0)
