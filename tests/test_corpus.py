@@ -22,13 +22,19 @@ from corpus.fetch import Row, rows, sha256
 
 # The formats that anycard reads. A new format joins here: the tests below then hold its files against the
 # truth instead of expecting a refusal (and `truth/` gets facts for its files where they are lacking).
-READ = {"torch zip", "flat torch zip", "legacy stream", "safetensors"}
+READ = {"torch zip", "flat torch zip", "legacy stream", "safetensors", "plain pickle"}
+BROKEN = {"nt_alias_attack.pkl"}  # its frame ends behind the file, so that Python refuses it too
 
 
 def params(*, read: bool) -> list[Any]:
     """Rows of formats that are read, or that are not."""
-    chosen = [row for row in rows() if (row.kind in READ) is read]
+    chosen = [row for row in rows() if readable(row) is read]
     return [pytest.param(row, id=f"{row.name}-{row.sha256[:4]}") for row in chosen]
+
+
+def readable(row: Row) -> bool:
+    """Its format is read, and the file is whole."""
+    return row.kind in READ and Path(row.path).name not in BROKEN
 
 
 def found(row: Row) -> Path:
@@ -211,7 +217,7 @@ def test_nothing_runs(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert (report["events"], report["opened"]) == ([], len(held))
     for row in held:
-        if row.kind not in READ:
+        if not readable(row):
             assert set(report["results"][str(row.cached)]) == {"FormatError"}
 
 

@@ -140,6 +140,22 @@ class StreamSource(Source):
                 done += len(data)
 
 
+class MemorySource(Source):
+    """Bytes that are in memory already."""
+
+    def __init__(self, name: str, data: bytes) -> None:
+        super().__init__(name, len(data))
+        self._data = data
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        if offset + len(view) > self.size:
+            raise self._short(offset, len(view))
+        view[:] = self._data[offset : offset + len(view)]
+
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        return self._data[offset : offset + nbytes]
+
+
 def open_source(file: str | os.PathLike[str] | BinaryIO) -> Source:
     """Open a path, or take an open binary file from where it stands.
 

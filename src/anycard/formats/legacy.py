@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from anycard.disk.source import Source
+from anycard.disk.source import MemorySource, Source
 from anycard.errors import FormatError
 from anycard.formats.index import Index
 from anycard.limits import Limits
+from anycard.pickles.budget import Budget
 from anycard.pickles.machine import read_pickle
 from anycard.pickles.views import MOST_ELEMENTS, is_storage_class, short
 from anycard.tensors import DTYPES, Storage
@@ -38,11 +39,22 @@ def read_index(source: Source, limits: Limits) -> Index:
     return Index("legacy stream", tree, source)
 
 
-def _pickles(data: bytes, storages: _Storages, limits: Limits) -> tuple[Any, list[Any], int]:
+def read_nested(data: bytes, place: tuple[Source, int] | None, budget: Budget) -> Any:
+    """The object of a stream within a pickle; its storages lie in the file at `place`, or else in memory."""
+    storages = _Storages(MemorySource("a torch file within the pickle", data))
+    tree, keys, end = _pickles(data, storages, budget.limits, budget)
+    storages.place(keys, end)
+    storages.move(data, place)
+    return tree
+
+
+def _pickles(
+    data: bytes, storages: _Storages, limits: Limits, budget: Budget | None = None
+) -> tuple[Any, list[Any], int]:
     at = 0
     values = []
     for _ in range(5):
-        value, at = read_pickle(data, persistent_load=storages.load, limits=limits, start=at)
+        value, at = read_pickle(data, persistent_load=storages.load, limits=limits, start=at, budget=budget)
         values.append(value)
         if type(values[0]) is not int or values[0] != _MAGIC or (len(values) == 2 and values[1] != 1001):
             raise FormatError("the file begins like a legacy torch file, but its magic numbers are others", offset=0)
@@ -91,6 +103,15 @@ class _Storages:
         missing = [key for key, (storage, _) in self._made.items() if storage.offset is None and storage.nbytes]
         if missing:
             raise FormatError(f"storage {short(missing[0])} has no bytes in the file", offset=at)
+
+    def move(self, data: bytes, place: tuple[Source, int] | None) -> None:
+        """The stream is no file of its own: its bytes lie at a place of another, or in memory."""
+        for storage, _ in self._made.values():
+            at = storage.offset or 0
+            if place is None:
+                storage.source, storage.offset, storage.data = None, None, data[at : at + storage.nbytes]
+            else:
+                storage.source, storage.offset = place[0], place[1] + at
 
     def _place(self, storage: Storage, size: int, at: int) -> None:
         name = short(storage.key)

@@ -36,13 +36,35 @@ FORMATS = (
     ),
     Row("legacy stream", "anycard.formats.legacy", tuple(b"\x80" + bytes([p]) + b"\x95" for p in (4, 5))),
 )
+# What can only be told once it is known not to be safetensors, whose first bytes are a number.
+LATE = (
+    Row(
+        "plain pickle",
+        "anycard.formats.plain_pickle",
+        (
+            *(b"\x80" + bytes([p]) for p in range(6)),
+            b"(",
+            b"]",
+            b"}",
+            b")",
+            b"c",
+            b"\x1f\x8b",
+            b"\x78\x01",
+            b"\x78\x5e",
+            b"\x78\x9c",
+            b"\x78\xda",
+            b"BZh",
+            b"\xfd7zXZ\0",
+            b"\x5d\0\0",
+        ),
+    ),
+)
 _KNOWN = (
     (b"version https://git-lfs", "a Git LFS pointer: the file itself was not fetched. Run `git lfs pull`."),
     (b"<!doctype html", "a web page, not a checkpoint: the download gave a page instead of the file."),
     (b"<html", "a web page, not a checkpoint: the download gave a page instead of the file."),
     (b"<?xml", "an XML document, not a checkpoint: the download gave an error instead of the file."),
     (b"\x89HDF", "an HDF5 file (Keras or PyTables), not a PyTorch checkpoint."),
-    (b"\x1f\x8b", "gzip-compressed: unpack it first."),
     (b"GGUF", "a GGUF file (llama.cpp), not a PyTorch checkpoint."),
 )  # fmt: skip
 
@@ -61,6 +83,9 @@ def read_index(source: Source, limits: Limits = DEFAULT) -> Index:
             return _read(row.module, source, limits)
     if _like_safetensors(head, source.size):
         return _read("anycard.formats.safetensors", source, limits)
+    for row in LATE:
+        if head.startswith(row.starts):
+            return _read(row.module, source, limits)
     raise FormatError(_explain(head), path=source.name, offset=0)
 
 
@@ -95,11 +120,6 @@ def _explain(head: bytes) -> str:
     for signature, text in _KNOWN:
         if start.startswith(signature.lower()):
             return f"the file is {text}"
-    if head[:1] == b"\x80" or b"\x80\x02" in head[:4]:
-        return (
-            "the file is a pickle, but none that torch.save wrote (plain pickles are not read yet), "
-            f"or a damaged one; it begins with {head[:12]!r}"
-        )
     return f"the file is no checkpoint that anycard knows; it begins with {head[:12]!r}"
 
 

@@ -15,6 +15,7 @@ from anycard.disk.source import Source
 from anycard.errors import FormatError
 from anycard.formats.index import Index
 from anycard.limits import Limits
+from anycard.pickles.budget import Budget
 from anycard.pickles.machine import read_pickle
 from anycard.pickles.views import MOST_ELEMENTS, StoredStorage, is_storage_class, short
 from anycard.tensors import DTYPES, Storage
@@ -22,7 +23,7 @@ from anycard.tensors import DTYPES, Storage
 _MOST_MARK = 16 << 20
 
 
-def read_index(source: Source, limits: Limits) -> Index:
+def read_index(source: Source, limits: Limits, budget: Budget | None = None) -> Index:
     """The index of a torch zip.
 
     Raises:
@@ -36,7 +37,7 @@ def read_index(source: Source, limits: Limits) -> Index:
         )
     storages = _Storages(archive)
     data = bytes(record_bytes(source, record, limits))
-    tree, _ = read_pickle(data, persistent_load=storages.load, limits=limits, base=record.offset)
+    tree, _ = read_pickle(data, persistent_load=storages.load, limits=limits, base=record.offset, budget=budget)
     return Index("torch zip", tree, source, mark=archive.mark(), records=archive.records)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from anycard.names.pickled_modules import children_of, is_module, module_state, own_tensors
+from anycard.names.pickled_modules import children_of, class_name, is_module, module_state, own_tensors
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
@@ -51,7 +51,7 @@ def _module(obj: Inert, label: str, depth: int, above: frozenset[int]) -> Iterat
     pad = "  " * depth
     state = module_state(obj) or {}
     children = children_of(obj)
-    head = f"{pad}{label}{type(obj).name or 'call'}({_attributes(state)}"
+    head = f"{pad}{label}{class_name(obj) or 'call'}({_attributes(state)}"
     own = [] if children else list(own_tensors(obj, everything=True))
     if not children and not (own and not _attributes(state)):
         yield head + ")"

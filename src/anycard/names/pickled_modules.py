@@ -36,6 +36,14 @@ def wrapped_module(obj: object, depth: int = _CALLS) -> Inert | None:
     return None
 
 
+def class_name(obj: Inert) -> str:
+    """The name of an object's class; also of one that cloudpickle makes (`_make_skeleton_class(type, name, …)`)."""
+    maker = obj.callee
+    if not type(obj).name and isinstance(maker, Inert) and type(maker).name == "_make_skeleton_class":
+        return maker.args[1] if len(maker.args) > 1 and isinstance(maker.args[1], str) else ""
+    return type(obj).name
+
+
 def is_module(obj: object) -> bool:
     """A pickled module, or a call that wraps one."""
     return module_state(obj) is not None or wrapped_module(obj) is not None

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
+from anycard.errors import FormatError
 from anycard.pickles.budget import Budget
 from anycard.pickles.stubs import Inert
-from anycard.pickles.views import ints, view
+from anycard.pickles.views import ints, sized, view
 from anycard.tensors import ARRAY, BY_NUMPY, Storage, TensorInfo, row_major
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from anycard.pickles.machine import Machine
 
 
 class ArrayStub(Inert):
@@ -26,6 +33,62 @@ class ArrayStub(Inert):
         if isinstance(state, tuple) and len(state) == 5:
             _, shape, dtype, fortran, data = state
             self.result = _array(self.budget, shape, dtype, "F" if fortran else "C", data)
+
+
+class FollowedArray(ArrayStub):
+    """joblib's NumpyArrayWrapper: the array's bytes stand in the stream, right after the BUILD of its description.
+
+    Source: joblib/numpy_pickle.py `NumpyArrayWrapper.write_array`.
+    """
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def follow(self, machine: Machine) -> None:
+        """Take the bytes that follow; what torch has no dtype for is passed over."""
+        state = self.state
+        if self.result is not None or not isinstance(state, dict) or machine.budget.embedded is None:
+            return
+        dtype = state.get("dtype")
+        size = _itemsize(dtype)
+        if size is None:
+            raise FormatError("an array of joblib's whose elements have no known size follows here")
+        if size == 0:
+            self.items = [machine.inner()]
+            return
+        laid = _laid_out(machine.budget, state.get("shape"), state.get("order"), None)
+        if laid is None:
+            raise FormatError("an array of joblib's in an unknown order follows here")
+        sized(*laid)
+        if state.get("numpy_array_alignment_bytes") is not None:
+            machine.skip(machine.byte())
+        nbytes = math.prod(laid[0]) * size
+        element = _element(dtype)
+        if element is None:
+            machine.skip(nbytes)
+            return
+        storage = self._storage(machine, nbytes, element[1])
+        self.result = view(storage, element[0], 0, *laid)
+
+    def _storage(self, machine: Machine, nbytes: int, big: bool) -> Storage:
+        """In the file, where the pickle lies in one."""
+        at = machine.pos
+        embedded = machine.budget.embedded
+        if embedded is None or embedded.source is None:
+            return Storage(ARRAY, nbytes, data=machine.take(nbytes), big_endian=big)
+        machine.skip(nbytes)
+        return Storage(ARRAY, nbytes, source=embedded.source, offset=at, big_endian=big)
+
+
+def _itemsize(dtype: Any) -> int | None:
+    """Bytes of an element of a pickled `numpy.dtype`; 0 where they are objects in a pickle of their own."""
+    code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
+    if not isinstance(code, str) or not re.fullmatch(r"[a-zA-Z][0-9]{1,9}", code):
+        return None
+    flags = dtype.state[7] if isinstance(dtype.state, tuple) and len(dtype.state) > 7 else 0
+    if code[0] == "O" or (isinstance(flags, int) and flags & 1):
+        return 0
+    return int(code[1:]) * (4 if code[0] == "U" else 1)
 
 
 def reconstruct(budget: Budget, *args: Any) -> ArrayStub:
@@ -60,17 +123,29 @@ def _array(budget: Budget, shape: Any, dtype: Any, order: Any, data: Any, axes: 
     if element is None or held is None or not isinstance(shape, tuple):
         return None
     name, big = element
+    laid = _laid_out(budget, shape, order, axes)
+    if laid is None:
+        return None
+    sizes, stride = laid
+    storage: Storage
+    if budget.embedded is not None:
+        storage = budget.embedded.storage(ARRAY, held, big_endian=big)
+    else:
+        storage = Storage(ARRAY, len(held), data=held, big_endian=big)
+    return view(storage, name, 0, sizes, stride)
+
+
+def _laid_out(budget: Budget, shape: Any, order: Any, axes: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Sizes and strides for numpy's order of elements."""
     sizes = ints(budget, shape, "shape")
     if order == "F":
-        stride = row_major(sizes[::-1])[::-1]
-    elif order == "C" or (order == "K" and axes is None):
-        stride = row_major(sizes)
-    elif order == "K" and sorted(ints(budget, axes, "order of axes")) == list(range(len(sizes))):
+        return sizes, row_major(sizes[::-1])[::-1]
+    if order == "C" or (order == "K" and axes is None):
+        return sizes, row_major(sizes)
+    if order == "K" and sorted(ints(budget, axes, "order of axes")) == list(range(len(sizes))):
         steps = row_major(sizes)
-        sizes, stride = tuple(sizes[axis] for axis in axes), tuple(steps[axis] for axis in axes)
-    else:
-        return None
-    return view(Storage(ARRAY, len(held), data=held, big_endian=big), name, 0, sizes, stride)
+        return tuple(sizes[axis] for axis in axes), tuple(steps[axis] for axis in axes)
+    return None
 
 
 def _held(budget: Budget, data: Any) -> bytes | bytearray | None:

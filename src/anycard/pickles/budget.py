@@ -6,6 +6,7 @@ from typing import Any
 
 from anycard.errors import FormatError
 from anycard.limits import Limits
+from anycard.pickles.embedded import Embedded
 
 # Types whose hash is cheap and cannot be aimed at: Python seeds that of text and bytes.
 _SIMPLE = frozenset([str, bytes, bool, float, type(None)])
@@ -23,11 +24,13 @@ class Budget:
     Attributes:
         limits: The read's limits.
         left: Parts (elements, characters, bytes) that may still be copied or hashed.
+        embedded: Whole torch files and raw arrays within the pickle; None where they are not looked for.
     """
 
     def __init__(self, limits: Limits, nbytes: int) -> None:
         self.limits = limits
         self.left = 100_000 + 2 * nbytes
+        self.embedded: Embedded | None = None
         self._odd: dict[int, tuple[object, dict[int, int]]] = {}
 
     def spend(self, parts: int) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from anycard.errors import FormatError
-from anycard.pickles.arrays import from_buffer, reconstruct, scalar
+from anycard.pickles.arrays import FollowedArray, bytes_of, from_buffer, reconstruct, scalar
 from anycard.pickles.budget import Budget
 from anycard.pickles.stubs import Counted, Defaulting, Inert, Size, inert_class
 from anycard.pickles.views import StoredStorage, ints, sized, view
@@ -82,6 +82,20 @@ def rebuild_meta(budget: Budget, dtype: Any, size: Any, stride: Any, requires_gr
     sized(shape, steps)
     storage = Storage("meta", 0, device="meta", missing="it was saved from the meta device, without values")
     return TensorInfo(_dtype(dtype), shape, storage, stride=steps, requires_grad=requires_grad is True)
+
+
+def load_from_bytes(budget: Budget, data: Any) -> Any:
+    """torch.storage._load_from_bytes: a whole torch file within a pickle, not looked for within another."""
+    data = bytes_of(data) if isinstance(data, str) else data
+    embedded = budget.embedded
+    if not isinstance(data, bytes) or embedded is None:
+        return NotImplemented
+    budget.spend(len(data))
+    budget.embedded = None
+    try:
+        return embedded.open(data)
+    finally:
+        budget.embedded = embedded
 
 
 def encode(budget: Budget, text: Any, codec: Any = "utf-8", *rest: Any) -> bytes:
@@ -225,6 +239,7 @@ for _module in ("numpy.core", "numpy._core"):
     _TABLE[f"{_module}.multiarray", "_reconstruct"] = reconstruct
     _TABLE[f"{_module}.multiarray", "scalar"] = scalar
     _TABLE[f"{_module}.numeric", "_frombuffer"] = from_buffer
+_JOBLIB = ("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")
 _UNTYPED = frozenset(["UntypedStorage", "TypedStorage", "_UntypedStorage", "_TypedStorage"])
 
 
@@ -250,5 +265,10 @@ class Globals:
                 return inert_class(module, name, StoredStorage)
             if name in BY_STORAGE:
                 return inert_class(module, name, StoredStorage, dtype=BY_STORAGE[name].name)
+        if self._budget.embedded is not None:
+            if (module, name) == ("torch.storage", "_load_from_bytes"):
+                return inert_class(module, name, make=partial(load_from_bytes, self._budget))
+            if name == "NumpyArrayWrapper" and module in _JOBLIB:
+                return inert_class(module, name, FollowedArray)
         known = _TABLE.get((module, name))
         return inert_class(module, name, make=None if known is None else partial(known, self._budget))

@@ -10,7 +10,7 @@ from typing import Any
 
 from anycard.errors import FormatError
 from anycard.limits import Limits
-from anycard.pickles.arrays import ArrayStub
+from anycard.pickles.arrays import ArrayStub, FollowedArray
 from anycard.pickles.budget import Budget
 from anycard.pickles.known import Globals
 from anycard.pickles.opcodes import MARK, PUSHES, STEPS
@@ -31,6 +31,7 @@ def read_pickle(
     limits: Limits,
     start: int = 0,
     base: int = 0,
+    budget: Budget | None = None,
 ) -> tuple[Any, int]:
     """Interpret one pickle.
 
@@ -42,6 +43,7 @@ def read_pickle(
         persistent_load: Gives the object for a persistent id.
         start: Where in `data` the pickle begins.
         base: Byte offset of `data` in its file, for errors.
+        budget: What the read may spend, where several share it.
 
     Returns:
         The object, and the position in `data` after STOP. What else lies on the stack then is dropped, as
@@ -50,7 +52,7 @@ def read_pickle(
     Raises:
         FormatError: Truncated, malformed, or beyond the limits; with the byte offset.
     """
-    return guarded(Machine(data, start, persistent_load, limits), base)
+    return guarded(Machine(data, start, persistent_load, budget or Budget(limits, len(data) - start)), base)
 
 
 def guarded(machine: Machine, base: int) -> tuple[Any, int]:
@@ -74,7 +76,7 @@ class Machine:
         pos: Where the next byte is taken.
     """
 
-    def __init__(self, data: bytes, start: int, persistent_load: Callable[[Any], Any], limits: Limits) -> None:
+    def __init__(self, data: bytes, start: int, persistent_load: Callable[[Any], Any], budget: Budget) -> None:
         self.data = data
         self.size = len(data)
         self.pos = start
@@ -82,7 +84,7 @@ class Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.persistent_load: Callable[[Any], Any] = persistent_load
-        self.budget = Budget(limits, len(data) - start)
+        self.budget = budget
         self.protocol = 0
         self._globals = Globals(self.budget)
 
@@ -115,6 +117,25 @@ class Machine:
         if end > self.size:
             raise FormatError(f"the pickle is cut short: {nbytes:,} bytes are needed, {self.size - start:,} left")
         return self.data[start:end]
+
+    def skip(self, nbytes: int) -> None:
+        """Pass over the next bytes."""
+        if self.pos + nbytes > self.size:
+            raise FormatError(f"the pickle is cut short: {nbytes:,} bytes are needed, {self.size - self.pos:,} left")
+        self.pos += nbytes
+
+    def inner(self) -> Any:
+        """The object of a whole pickle that stands here, within this one."""
+        inside = Machine(self.data, self.pos, self.persistent_load, self.budget)
+        value, self.pos = inside.run()
+        return value
+
+    def long_bytes(self, nbytes: int) -> bytes:
+        """The next bytes as a value of the pickle, whose place may be asked for."""
+        data = self.take(nbytes)
+        if self.budget.embedded is not None:
+            self.budget.embedded.note(data, nbytes, self.pos - nbytes)
+        return data
 
     def byte(self) -> int:
         """The next byte as an unsigned integer."""
@@ -172,7 +193,7 @@ class Machine:
         value = self.memo.get(index, MARK)
         if value is MARK:
             raise FormatError("the pickle's memo lacks what is asked of it")
-        if type(value) is ArrayStub and value.result is not None:
+        if isinstance(value, ArrayStub) and value.result is not None:
             return value.result
         return value
 
@@ -222,6 +243,8 @@ class Machine:
             raise FormatError(f"BUILD on a {type(target).__name__}")
 
     def _settled(self, target: Inert) -> Any:
+        if isinstance(target, FollowedArray):
+            target.follow(self)
         return target.result if isinstance(target, ArrayStub) and target.result is not None else target
 
     def append(self, items: list[Any]) -> None:

@@ -76,6 +76,13 @@ def _unescaped(found: re.Match[bytes]) -> bytes:
     return _ESCAPED.get(held, held if held in (b"\\", b"'", b'"') else found[0])
 
 
+def _bytearray(m: Machine) -> bytearray:
+    made = bytearray(m.take(m.number(8)))
+    if m.budget.embedded is not None:
+        m.budget.embedded.note(made, len(made), m.pos - len(made))
+    return made
+
+
 _push(b"(", lambda m: MARK)
 _push(b"N", lambda m: None)
 _push(b"\x88", lambda m: True)
@@ -92,10 +99,10 @@ _push(b"G", lambda m: struct.unpack(">d", m.take(8))[0])
 _push(b"S", _string_line)
 _push(b"T", lambda m: text_of(m.take(m.number(4))))
 _push(b"U", lambda m: text_of(m.take(m.byte())))
-_push(b"B", lambda m: m.take(m.number(4)))
+_push(b"B", lambda m: m.long_bytes(m.number(4)))
 _push(b"C", lambda m: m.take(m.byte()))
-_push(b"\x8e", lambda m: m.take(m.number(8)))
-_push(b"\x96", lambda m: bytearray(m.take(m.number(8))))
+_push(b"\x8e", lambda m: m.long_bytes(m.number(8)))
+_push(b"\x96", _bytearray)
 _push(b"V", lambda m: m.raw_line().decode("raw_unicode_escape"))
 _push(b"X", lambda m: m.take(m.number(4)).decode("utf-8", "surrogatepass"))
 _push(b"\x8c", lambda m: m.take(m.byte()).decode("utf-8", "surrogatepass"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anycard.limits import Limits
+from anycard.pickles.budget import Budget
 from anycard.pickles.machine import Machine, guarded
 from anycard.pickles.stubs import Inert
 from anycard.pickles.views import MOST_ELEMENTS, is_storage_class
@@ -35,7 +36,7 @@ class Record:
 
 class _Recorder(Machine):
     def __init__(self, data: bytes, start: int, limits: Limits, record: Record) -> None:
-        super().__init__(data, start, _any_storage, limits)
+        super().__init__(data, start, _any_storage, Budget(limits, len(data) - start))
         self._record = record
 
     def find_class(self, module: str, name: str) -> type[Inert]:
