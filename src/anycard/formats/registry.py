@@ -59,6 +59,7 @@ LATE = (
         ),
     ),
 )
+_TAR = "anycard.formats.legacy_tar"  # a tar, told by its members
 _KNOWN = (
     (b"version https://git-lfs", "a Git LFS pointer: the file itself was not fetched. Run `git lfs pull`."),
     (b"<!doctype html", "a web page, not a checkpoint: the download gave a page instead of the file."),
@@ -83,6 +84,8 @@ def read_index(source: Source, limits: Limits = DEFAULT) -> Index:
             return _read(row.module, source, limits)
     if _like_safetensors(head, source.size):
         return _read("anycard.formats.safetensors", source, limits)
+    if head[257:262] == b"ustar" and importlib.import_module(_TAR).is_legacy_tar(source):
+        return _read(_TAR, source, limits)
     for row in LATE:
         if head.startswith(row.starts):
             return _read(row.module, source, limits)
