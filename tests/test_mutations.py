@@ -214,9 +214,9 @@ class _Fake:
 
     def __init__(self) -> None:
         from anycard.containers.zip_directory import Record
-        from anycard.formats.torch_zip import _Archive, _Storages
+        from anycard.formats.torch_zip import Archive, Storages
 
         record = Record("a/data/0", 0, 64, 64, None, False)
         pickled = Record("a/data.pkl", 0, 1, 1, None, False)
         source = StreamSource("t", io.BytesIO(bytes(64)))
-        self.load = _Storages(_Archive(source, {r.name: r for r in (record, pickled)}, DEFAULT)).load
+        self.load = Storages(Archive(source, {r.name: r for r in (record, pickled)}, DEFAULT)).load

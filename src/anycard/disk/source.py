@@ -52,6 +52,10 @@ class Source:
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
 
+    def origin(self, offset: int) -> tuple[Source, int]:
+        """The source that really has a byte, and where; itself, but for a window on another."""
+        return self, offset
+
     def close(self) -> None:
         """Let go of the file."""
 
@@ -138,6 +142,22 @@ class StreamSource(Source):
                     raise self._short(offset, len(view))
                 view[done : done + len(data)] = data
                 done += len(data)
+
+
+class WindowSource(Source):
+    """A part of another source."""
+
+    def __init__(self, source: Source, offset: int, size: int) -> None:
+        super().__init__(source.name, size)
+        self._source, self._offset = source.origin(offset)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        if offset + len(view) > self.size:
+            raise self._short(offset, len(view))
+        self._source.read_into(self._offset + offset, view)
+
+    def origin(self, offset: int) -> tuple[Source, int]:
+        return self._source, self._offset + offset
 
 
 class MemorySource(Source):

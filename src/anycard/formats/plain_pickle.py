@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from anycard.containers.streams import inflated, kind_of
-from anycard.disk.source import Source
+from anycard.disk.source import MemorySource, Source
 from anycard.errors import FormatError
 from anycard.formats import legacy, torch_zip
 from anycard.formats.index import Index
@@ -98,7 +98,5 @@ def _refuse(pid: Any) -> Any:
 
 def _torch_file(data: bytes, place: tuple[Source, int] | None, budget: Budget) -> Any:
     if data.startswith(b"PK"):
-        from anycard.disk.source import MemorySource
-
         return torch_zip.read_index(MemorySource("a torch file within the pickle", data), budget.limits, budget).tree
     return legacy.read_nested(data, place, budget)

@@ -5,13 +5,14 @@ Source: torch/serialization.py `_save`, `_load`; caffe2/serialize/inline_contain
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
 from anycard.containers import inflated
 from anycard.containers.inflated import Inflated
 from anycard.containers.zip_directory import Record, read_directory
-from anycard.disk.source import Source
+from anycard.disk.source import MemorySource, Source
 from anycard.errors import FormatError
 from anycard.formats.index import Index
 from anycard.limits import Limits
@@ -21,21 +22,34 @@ from anycard.pickles.views import MOST_ELEMENTS, StoredStorage, is_storage_class
 from anycard.tensors import DTYPES, Storage
 
 _MOST_MARK = 16 << 20
+# Torch's archives of other kinds: their module, and a record that only they have. TorchScript is like a torch zip.
+_KINDS = (
+    ("torch_package", ".data/extern_modules"),
+    ("torch_export", "data/weights/model_weights_config.json"),
+    ("torch_export", "serialized_state_dict.pt"),
+)
 
 
-def read_index(source: Source, limits: Limits, budget: Budget | None = None) -> Index:
-    """The index of a torch zip.
+def read_index(source: Source, limits: Limits, budget: Budget | None = None, *, nested: bool = False) -> Index:
+    """The index of a torch zip, or of another kind of torch's archives, told by its records.
+
+    Args:
+        budget: What the read may spend, where several share it.
+        nested: Part of another archive, which is none of the other kinds then.
 
     Raises:
         FormatError: Damaged, or a zip of another kind.
     """
-    archive = _Archive(source, read_directory(source, limits), limits)
+    archive = Archive(source, read_directory(source, limits), limits)
+    if archive.kind and not nested:
+        index: Index = importlib.import_module(f"anycard.formats.{archive.kind}").read_index(archive)
+        return index
     record = archive.record("data.pkl")
     if record.compressed and record.nbytes > max(1 << 20, 32 * record.stored_nbytes):
         raise FormatError(
             f"record {record.name!r} inflates to far more than pickles do (a bomb?)", offset=record.offset
         )
-    storages = _Storages(archive)
+    storages = Storages(archive)
     data = bytes(record_bytes(source, record, limits))
     tree, _ = read_pickle(data, persistent_load=storages.load, limits=limits, base=record.offset, budget=budget)
     return Index("torch zip", tree, source, mark=archive.mark(), records=archive.records)
@@ -46,7 +60,7 @@ def record_bytes(source: Source, record: Record, limits: Limits) -> bytes | byte
     return inflated.record_bytes(source, record, limits.index_nbytes)
 
 
-class _Archive:
+class Archive:
     """Records by the names that torch gives them: below one folder, or none, without regard to case."""
 
     def __init__(self, source: Source, records: dict[str, Record], limits: Limits) -> None:
@@ -60,12 +74,16 @@ class _Archive:
             if lower in self._by_name:
                 self._twice.add(lower)
             self._by_name[lower] = record
+        self.kind = ""
         self._folder = self._find_folder()
 
     def _find_folder(self) -> str:
         names = self._by_name
-        if any(name.endswith("/.data/extern_modules") for name in names):
-            raise FormatError("the file is a torch package, which is not read yet")
+        for kind, tells in _KINDS:
+            folder = next((n[: -len(tells)] for n in names if n.endswith(tells)), None)
+            if folder is not None and (not folder or (folder.endswith("/") and folder.count("/") == 1)):
+                self.kind = kind
+                return folder
         found = [
             n[: -len("data.pkl")] for n in names if n == "data.pkl" or (n.endswith("/data.pkl") and n.count("/") == 1)
         ]
@@ -76,7 +94,7 @@ class _Archive:
                 f"({'several' if found else 'no'} data.pkl in it); it holds {inside}"
             )
         if found[0] + "constants.pkl" in names:
-            raise FormatError("the file is a TorchScript archive, which is not read yet")
+            self.kind = "torchscript"
         return found[0]
 
     def find(self, name: str) -> Record | None:
@@ -85,6 +103,11 @@ class _Archive:
         if full in self._twice:
             raise FormatError(f"two records are called {short(full)!r}, but for upper and lower case")
         return self._by_name.get(full)
+
+    def below(self) -> dict[str, Record]:
+        """The records in the folder, by their names in it."""
+        skip = len(self._folder)
+        return {n[skip:]: r for n, r in self.records.items() if n.lower().startswith(self._folder)}
 
     def record(self, name: str) -> Record:
         """The same, of a record that is known to be there."""
@@ -115,11 +138,12 @@ class _Archive:
         return held if isinstance(held, dict) else None
 
 
-class _Storages:
+class Storages:
     """Persistent ids of one archive: `('storage', class, key, location, numel)`."""
 
-    def __init__(self, archive: _Archive) -> None:
+    def __init__(self, archive: Archive, folder: str = "data/", suffix: str = "") -> None:
         self._archive = archive
+        self._folder, self._suffix = folder, suffix
         self._big = archive.big_endian()
         self._made: dict[str, Storage] = {}
 
@@ -144,10 +168,20 @@ class _Storages:
         return kind.of(storage, numel)
 
     def _make(self, key: str, location: str) -> Storage:
-        record = self._archive.find(f"data/{key}")
+        name = f"{self._folder}{key}{self._suffix}"
+        record = self._archive.find(name)
         if record is None:
-            raise FormatError(f"storage {short(key)} has no record data/{short(key)} in the archive", name=short(key))
-        source, big = self._archive.source, self._big
-        if record.compressed:
-            return Storage(key, record.nbytes, location, source, data=Inflated(source, record), big_endian=big)
-        return Storage(key, record.nbytes, location, source, record.offset, crc=record.crc, big_endian=big)
+            raise FormatError(f"storage {short(key)} has no record {short(name)} in the archive", name=short(key))
+        return storage_of(self._archive, record, key, location, self._big)
+
+
+def storage_of(archive: Archive, record: Record, key: str, location: str, big: bool) -> Storage:
+    """The bytes of a record."""
+    if record.compressed:
+        data = Inflated(archive.source, record)
+        return Storage(key, record.nbytes, location, archive.source, data=data, big_endian=big)
+    if isinstance(archive.source, MemorySource):  # an archive within something that was inflated: no place in a file
+        held = archive.source.read(record.offset, record.nbytes)
+        return Storage(key, record.nbytes, location, data=held, big_endian=big)
+    source, offset = archive.source.origin(record.offset)
+    return Storage(key, record.nbytes, location, source, offset, crc=record.crc, big_endian=big)

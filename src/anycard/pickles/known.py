@@ -98,6 +98,11 @@ def load_from_bytes(budget: Budget, data: Any) -> Any:
         budget.embedded = embedded
 
 
+def same(budget: Budget, value: Any, *rest: Any) -> Any:
+    """torch.jit._pickle's lists and tags of types: the value itself."""
+    return value
+
+
 def encode(budget: Budget, text: Any, codec: Any = "utf-8", *rest: Any) -> bytes:
     """_codecs.encode, as pickle protocol 2 spells bytes."""
     if not isinstance(text, str) or not isinstance(codec, str) or codec not in _CODECS:
@@ -240,6 +245,8 @@ for _module in ("numpy.core", "numpy._core"):
     _TABLE[f"{_module}.multiarray", "scalar"] = scalar
     _TABLE[f"{_module}.numeric", "_frombuffer"] = from_buffer
 _JOBLIB = ("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")
+for _name in ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag"):
+    _TABLE["torch.jit._pickle", _name] = same
 _UNTYPED = frozenset(["UntypedStorage", "TypedStorage", "_UntypedStorage", "_TypedStorage"])
 
 

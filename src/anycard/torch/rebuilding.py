@@ -35,6 +35,9 @@ def rebuild_model(ckpt: Checkpoint, allow: str | Sequence[str], key: str | None 
         UntrustedError: Classes are needed that `allow` does not name; lists them all.
         ChoiceError: The file holds several whole models, or none.
     """
+    if ckpt.format in ("TorchScript", "torch export"):
+        reason = f"{ckpt.path} is a {ckpt.format} archive, whose code is not run: give a model to load into, or read it"
+        raise ChoiceError(f"{reason} by anycard.read", path=ckpt.path)
     found = pick([c for c in ckpt.state_dicts if c.canonical is not None], key, ckpt.path)
     root = _at(ckpt.tree, found.key)
     builder = _Builder((allow,) if isinstance(allow, str) else tuple(allow), ckpt.path)
