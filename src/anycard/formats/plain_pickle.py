@@ -79,8 +79,7 @@ def _unpacked(source: Source, limits: Limits) -> bytes:
 
 def _pickles(data: bytes, source: Source | None, limits: Limits) -> tuple[Any, int]:
     """The first pickle's object, and how many there are."""
-    budget = Budget(limits, len(data))
-    budget.embedded = Embedded(source, lambda held, place: _torch_file(held, place, budget))
+    budget = budget_of(data, source, limits)
     tree, at = read_pickle(data, persistent_load=_refuse, limits=limits, budget=budget)
     count = 1
     while at < len(data) and data[at : at + 1] in (b"\x80", *_TEXT) and count < _MOST_STACKED:
@@ -90,6 +89,13 @@ def _pickles(data: bytes, source: Source | None, limits: Limits) -> tuple[Any, i
             break
         count += 1
     return tree, count
+
+
+def budget_of(data: bytes, source: Source | None, limits: Limits) -> Budget:
+    """What the reading of a plain pickle may spend, torch files and arrays within it included."""
+    budget = Budget(limits, len(data))
+    budget.embedded = Embedded(source, lambda held, place: _torch_file(held, place, budget))
+    return budget
 
 
 def _refuse(pid: Any) -> Any:

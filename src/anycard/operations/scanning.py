@@ -11,6 +11,7 @@ from anycard.containers.zip_directory import Record as ZipRecord
 from anycard.containers.zip_directory import read_directory
 from anycard.disk.source import Source, StreamSource, open_source
 from anycard.errors import FormatError
+from anycard.formats.plain_pickle import budget_of
 from anycard.limits import DEFAULT, Limits
 from anycard.pickles.judging import CLEAN, RUNS, UNKNOWN, judge
 from anycard.pickles.recording import Record, record_pickle
@@ -175,7 +176,7 @@ class _Scanner:
                 break
             record = Record()
             try:
-                record_pickle(data, at, self._limits, record)
+                record_pickle(data, at, budget_of(data, None, self._limits), record)
             except FormatError as error:
                 offset = f" at byte {error.offset:,}" if error.offset is not None else ""
                 self._unreadable(where, f"the pickle cannot be followed to its end{offset}: {error.args[0]}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from anycard.limits import Limits
 from anycard.pickles.budget import Budget
 from anycard.pickles.machine import Machine, guarded
 from anycard.pickles.stubs import Inert
@@ -35,8 +34,8 @@ class Record:
 
 
 class _Recorder(Machine):
-    def __init__(self, data: bytes, start: int, limits: Limits, record: Record) -> None:
-        super().__init__(data, start, _any_storage, Budget(limits, len(data) - start))
+    def __init__(self, data: bytes, start: int, budget: Budget, record: Record) -> None:
+        super().__init__(data, start, _any_storage, budget)
         self._record = record
 
     def find_class(self, module: str, name: str) -> type[Inert]:
@@ -70,11 +69,11 @@ def _any_storage(pid: Any) -> Any:
     return pid
 
 
-def record_pickle(data: bytes, start: int, limits: Limits, record: Record) -> None:
+def record_pickle(data: bytes, start: int, budget: Budget, record: Record) -> None:
     """Interpret one pickle to its STOP, into `record`, which holds what was met up to there on an error as well.
 
     Raises:
         FormatError: It cannot be followed to its end; with the byte offset.
     """
-    machine = _Recorder(data, start, limits, record)
+    machine = _Recorder(data, start, budget, record)
     _, record.end = guarded(machine, 0)
