@@ -9,6 +9,7 @@ from anycard.errors import FormatError
 from anycard.limits import DEFAULT, Limits
 from anycard.names.paths import join
 from anycard.names.pickled_modules import is_module, module_state, wrapped_module
+from anycard.pickles.composite import Composite
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
@@ -117,6 +118,9 @@ def _children(obj: object) -> list[tuple[str, object]]:
 
 
 def _inert_children(obj: Inert) -> Iterator[tuple[str, object]]:
+    if isinstance(obj, Composite) and obj.parts is not None:
+        yield from obj.parts.items()
+        return
     state = module_state(obj)
     if state is not None:
         for group in ("_parameters", "_buffers", "_modules"):

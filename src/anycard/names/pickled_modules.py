@@ -8,6 +8,7 @@ from typing import Any
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT
 from anycard.names.wrappers import Wrapper, wrapper_of
+from anycard.pickles.composite import Composite
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
@@ -71,8 +72,13 @@ def own_tensors(obj: object, *, everything: bool = False) -> Iterator[tuple[str,
     for group in ("_parameters", "_buffers"):
         held = state.get(group)
         for name, value in held.items() if isinstance(held, Mapping) else ():
-            if isinstance(value, TensorInfo) and (everything or group == "_parameters" or name not in hidden):
+            if group == "_buffers" and name in hidden and not everything:
+                continue
+            if isinstance(value, TensorInfo):
                 yield str(name), value
+            elif isinstance(value, Composite) and value.parts is not None:
+                parts = value.parts.items()
+                yield from ((f"{name}.{part}", one) for part, one in parts if isinstance(one, TensorInfo))
 
 
 class Walked:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anycard.names.pickled_modules import is_module
+from anycard.pickles.composite import Composite
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
@@ -50,6 +51,8 @@ class _Plain:
         state: Any = value.state
         if is_module(value):
             return data
+        if isinstance(value, Composite) and value.parts is not None:
+            return {**data, "why": value.why, **{name: self.of(part, above) for name, part in value.parts.items()}}
         if isinstance(state, Mapping):
             data.update({str(k): self.of(v, above) for k, v in state.items()})
         elif state is not None:

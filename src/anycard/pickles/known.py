@@ -14,6 +14,7 @@ from typing import Any
 from anycard.errors import FormatError
 from anycard.pickles.arrays import FollowedArray, bytes_of, from_buffer, reconstruct, scalar
 from anycard.pickles.budget import Budget
+from anycard.pickles.composite import COMPOSITES, ON_DEVICE, Composite, rebuild_on_device
 from anycard.pickles.stubs import Counted, Defaulting, Inert, Size, inert_class
 from anycard.pickles.views import StoredStorage, ints, sized, view
 from anycard.tensors import BY_STORAGE, DTYPES, Storage, TensorInfo
@@ -245,6 +246,7 @@ for _module in ("numpy.core", "numpy._core"):
     _TABLE[f"{_module}.multiarray", "scalar"] = scalar
     _TABLE[f"{_module}.numeric", "_frombuffer"] = from_buffer
 _JOBLIB = ("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")
+_TABLE.update(dict.fromkeys(ON_DEVICE, rebuild_on_device))
 for _name in ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag"):
     _TABLE["torch.jit._pickle", _name] = same
 _UNTYPED = frozenset(["UntypedStorage", "TypedStorage", "_UntypedStorage", "_TypedStorage"])
@@ -278,4 +280,7 @@ class Globals:
             if name == "NumpyArrayWrapper" and module in _JOBLIB:
                 return inert_class(module, name, FollowedArray)
         known = _TABLE.get((module, name))
-        return inert_class(module, name, make=None if known is None else partial(known, self._budget))
+        make = None if known is None else partial(known, self._budget)
+        if (module, name) in COMPOSITES:
+            return inert_class(module, name, Composite, make=make, budget=self._budget)
+        return inert_class(module, name, make=make)

@@ -1,0 +1,109 @@
+"""Tensors that are no plain memory: sparse, quantised, nested, subclasses. They are listed by their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from anycard.pickles.budget import Budget
+from anycard.pickles.stubs import Inert
+from anycard.pickles.views import StoredStorage, ints, view
+from anycard.tensors import DTYPES, Storage, TensorInfo
+
+_INTEGERS = {"qint8": "int8", "quint8": "uint8", "qint32": "int32"}
+_COMPRESSED = {
+    "sparse_csr": ("crow_indices", "col_indices"), "sparse_bsr": ("crow_indices", "col_indices"),
+    "sparse_csc": ("ccol_indices", "row_indices"), "sparse_bsc": ("ccol_indices", "row_indices"),
+}  # fmt: skip
+
+
+class Composite(Inert):
+    """A tensor made of others.
+
+    Attributes:
+        parts: Name -> tensor or plain value; None where the call is not as torch writes it.
+        why: Why there is no plain tensor.
+    """
+
+    budget: ClassVar[Budget]
+    parts: Mapping[str, Any] | None = None
+    why: str = ""
+
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls, *args, **kwargs)
+        if isinstance(self, Composite):
+            self.why, make = _MAKERS[cls.module, cls.name]
+            self.parts = make(cls.budget, args)
+        return self
+
+
+def _sparse(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:
+    """(layout, (indices, values, size, coalesced)), or (layout, (compressed, plain, values, size))."""
+    if len(args) != 2 or type(args[1]) is not tuple or len(args[1]) not in (3, 4):
+        return None
+    layout = args[0].args[0] if isinstance(args[0], Inert) and args[0].args else None
+    names = _COMPRESSED.get(layout.removeprefix("torch.")) if isinstance(layout, str) else None
+    if names is not None and len(args[1]) == 4:
+        return dict(zip((*names, "values", "size"), args[1], strict=True))
+    return dict(zip(("indices", "values", "size", "is_coalesced"), args[1], strict=False))
+
+
+def _quantised(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:
+    """(storage, offset, size, stride, (scheme, scale, zero point), …), or with scales, zero points and an axis."""
+    if len(args) < 5 or not isinstance(args[0], StoredStorage) or type(args[4]) is not tuple:
+        return None
+    stored, scheme = args[0], args[4]
+    dtype = _INTEGERS.get(type(stored).dtype or "")
+    if stored.storage is None or dtype is None or len(scheme) not in (3, 4):
+        return None  # packed below a byte: the storage is listed
+    start = stored.start + ints(budget, (args[1],), "offset")[0] * DTYPES[dtype].itemsize
+    size, stride = ints(budget, args[2], "shape"), ints(budget, args[3], "stride")
+    names = ("scale", "zero_point") if len(scheme) == 3 else ("scales", "zero_points", "axis")
+    return {"int_repr": view(stored.storage, dtype, start, size, stride), **dict(zip(names, scheme[1:], strict=True))}
+
+
+def _nested(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:
+    """(values, sizes, strides, offsets)."""
+    return dict(zip(("values", "sizes", "strides", "offsets"), args, strict=True)) if len(args) == 4 else None
+
+
+def _subclass(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:
+    """(function, class, its arguments, state): the tensors that the object keeps."""
+    state = args[3] if len(args) == 4 else None
+    state = state[0] if type(state) is tuple and state else state
+    if not isinstance(state, dict) or not any(isinstance(value, TensorInfo) for value in state.values()):
+        return None
+    budget.spend(len(state))
+    return {str(name): value for name, value in state.items()}
+
+
+def _elsewhere(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:
+    """(data, dtype, device, requires_grad), the data of another dtype than the tensor."""
+    return dict(zip(("data", "dtype", "device", "requires_grad"), args, strict=True)) if len(args) == 4 else None
+
+
+def rebuild_on_device(budget: Budget, data: Any, dtype: Any = None, device: Any = None, grad: Any = False) -> Any:
+    """torch._utils._rebuild_device_tensor_from_numpy and _from_cpu_tensor, for accelerators without storages."""
+    known = isinstance(dtype, type) and issubclass(dtype, Inert) and dtype.module == "torch"
+    if not isinstance(data, TensorInfo) or not known or data.dtype != dtype.name or not isinstance(device, str):
+        return NotImplemented
+    held = data.storage
+    storage = Storage(
+        "device", held.nbytes, device, held.source, held.offset, held.data, held.crc, held.big_endian, held.missing
+    )
+    return data.replace(storage=storage, requires_grad=grad is True)
+
+
+_DEVICE = "a tensor of an accelerator, whose data was saved in another dtype"
+_Maker = Callable[[Budget, "tuple[Any, ...]"], "Mapping[str, Any] | None"]
+_MAKERS: dict[tuple[str, str], tuple[str, _Maker]] = {
+    ("torch._utils", "_rebuild_sparse_tensor"): ("a sparse tensor: given by its indices and values", _sparse),
+    ("torch._utils", "_rebuild_qtensor"): ("a quantised tensor: given by its integers and scales", _quantised),
+    ("torch._utils", "_rebuild_nested_tensor"): ("a nested tensor: given by its values and sizes", _nested),
+    ("torch._tensor", "_rebuild_from_type_v2"): ("a tensor subclass: given by the tensors that it keeps", _subclass),
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"): (_DEVICE, _elsewhere),
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): (_DEVICE, _elsewhere),
+    ("torch._utils", "_rebuild_xla_tensor"): (_DEVICE, _elsewhere),
+}
+COMPOSITES = frozenset(_MAKERS)
+ON_DEVICE = frozenset(key for key, value in _MAKERS.items() if value[0] is _DEVICE)
