@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -274,3 +276,42 @@ def test_export_damaged(tmp_path: Path) -> None:
     with quiet():
         torch.export.save(exported(nn.Linear(4, 2)), tmp_path / "x.pt2")
     damaged(tmp_path / "x.pt2", 83)
+
+
+# Bombs: what is small in the file and would be large in memory.
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("code/__torch__/x.py", b"\n" * (60 << 20)),
+        ("constants.pkl", b"]" * (60 << 20)),
+        ("data/weights/model_weights_config.json", b"[" * (60 << 20)),
+        ("data/weights/model_weights_config.json", b'{"config": {' + b'"a":[],' * (8 << 20)),
+        ("serialized_state_dict.pt", b"PK\x03\x04" * (15 << 20)),
+        ("model/model.pkl", b"\x80\x02" + b"]" * (60 << 20)),
+    ],
+)
+def test_bombs(name: str, data: bytes, tmp_path: Path) -> None:
+    """Refused within a second, without the memory that it asks for."""
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        if name.endswith("_config.json") or name.startswith("serialized"):
+            archive.writestr("x/" + name if "/" in name else name, data)
+        elif name.startswith("model/"):
+            archive.writestr("x/.data/extern_modules", "")
+            archive.writestr("x/" + name, data)
+        else:
+            archive.writestr("x/data.pkl", b"\x80\x02c__torch__.x\nNet\n)\x81}X\x01\0\0\0aK\x01sb.")
+            archive.writestr("x/constants.pkl", data if name == "constants.pkl" else b"\x80\x02).")
+            if name != "constants.pkl":
+                archive.writestr("x/" + name, data)
+    tracemalloc.start()
+    try:
+        began = time.process_time()
+        with pytest.raises(anycard.FormatError):
+            anycard.open(path)
+        assert time.process_time() - began < 2
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()

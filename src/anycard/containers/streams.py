@@ -10,8 +10,8 @@ from anycard.disk.source import Source
 from anycard.errors import FormatError
 
 _PIECE = 1 << 20
-_MOST = 64 << 20  # what a stream may come to, whatever its ratio
-_RATIO = 100
+_MOST = 2 << 20  # what a stream may come to, whatever its ratio: each byte of a pickle may become an object
+_RATIO = 32
 _MEMORY = 96 << 20  # of the decoder; what xz -9 takes is below
 _ZLIB = tuple(bytes([0x78, second]) for second in (0x01, 0x5E, 0x9C, 0xDA))
 
@@ -66,7 +66,7 @@ def inflated(source: Source, most: int) -> Iterator[bytes]:
     """The stream's bytes; of one stream, what follows it is left.
 
     Raises:
-        FormatError: Damaged, cut short, or more than `most` or than weights come to.
+        FormatError: Damaged, cut short, or more than `most` or than real pickles come to.
     """
     head = source.read(0, min(source.size, 8))
     decoder = next(make for starts, _, make in _KINDS if head.startswith(starts))()

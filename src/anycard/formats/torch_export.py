@@ -104,7 +104,9 @@ class _Payloads:
         record = self._archive.find(name)
         if record is None:
             return {}
-        data = bytes(record_bytes(self._archive.source, record, _MOST_JSON))
+        if record.nbytes > _MOST_JSON:
+            raise FormatError(f"record {name!r} has {record.nbytes:,} bytes", offset=record.offset)
+        data = torch_zip.index_bytes(self._archive, record)
         try:
             entries = json.loads(data)["config"]
             return {str(key): self._payload(folder, entry, len(data)) for key, entry in entries.items()}

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from anycard.containers.inflated import record_bytes
 from anycard.containers.zip_directory import Record
 from anycard.errors import FormatError
 from anycard.formats.index import Index
-from anycard.formats.torch_zip import Archive, Storages
+from anycard.formats.torch_zip import Archive, Storages, index_bytes
 from anycard.formats.torchscript import read_packaged
 from anycard.pickles.machine import read_pickle
 from anycard.pickles.stubs import Inert, inert_class
@@ -28,7 +27,7 @@ def read_index(archive: Archive) -> Index:
     for name, record in archive.below().items():
         if name.startswith(".data/") or name.endswith(".py") or not _begins_a_pickle(archive, record):
             continue
-        data = bytes(record_bytes(archive.source, record, archive.limits.index_nbytes))
+        data = index_bytes(archive, record)
         ids = _Ids(archive, storages)
         try:
             found[name] = read_pickle(data, persistent_load=ids.load, limits=archive.limits, base=record.offset)[0]

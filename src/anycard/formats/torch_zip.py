@@ -45,14 +45,19 @@ def read_index(source: Source, limits: Limits, budget: Budget | None = None, *, 
         index: Index = importlib.import_module(f"anycard.formats.{archive.kind}").read_index(archive)
         return index
     record = archive.record("data.pkl")
+    storages = Storages(archive)
+    data = index_bytes(archive, record)
+    tree, _ = read_pickle(data, persistent_load=storages.load, limits=limits, base=record.offset, budget=budget)
+    return Index("torch zip", tree, source, mark=archive.mark(), records=archive.records)
+
+
+def index_bytes(archive: Archive, record: Record) -> bytes:
+    """A pickle, a JSON text or code, of which a byte may become an object: none that inflates like a bomb."""
     if record.compressed and record.nbytes > max(1 << 20, 32 * record.stored_nbytes):
         raise FormatError(
             f"record {record.name!r} inflates to far more than pickles do (a bomb?)", offset=record.offset
         )
-    storages = Storages(archive)
-    data = bytes(record_bytes(source, record, limits))
-    tree, _ = read_pickle(data, persistent_load=storages.load, limits=limits, base=record.offset, budget=budget)
-    return Index("torch zip", tree, source, mark=archive.mark(), records=archive.records)
+    return bytes(record_bytes(archive.source, record, archive.limits))
 
 
 def record_bytes(source: Source, record: Record, limits: Limits) -> bytes | bytearray:

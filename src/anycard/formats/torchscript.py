@@ -10,10 +10,9 @@ import contextlib
 import re
 from typing import Any
 
-from anycard.containers.inflated import record_bytes
 from anycard.errors import FormatError
 from anycard.formats.index import Index
-from anycard.formats.torch_zip import Archive, Storages
+from anycard.formats.torch_zip import Archive, Storages, index_bytes
 from anycard.pickles.machine import read_pickle
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
@@ -100,7 +99,7 @@ def _read(archive: Archive, folder: str, storages: Storages, others: Storages, c
 
 def _pickle(archive: Archive, name: str, storages: Storages) -> Any:
     record = archive.record(name)
-    data = bytes(record_bytes(archive.source, record, archive.limits.index_nbytes))
+    data = index_bytes(archive, record)
     return read_pickle(data, persistent_load=storages.load, limits=archive.limits, base=record.offset)[0]
 
 
@@ -141,7 +140,7 @@ class _Modules:
         self._left -= record.nbytes
         if self._left < 0:
             raise FormatError(f"the archive has more than {_MOST_CODE:,} bytes of code", offset=record.offset)
-        text = bytes(record_bytes(self._archive.source, record, _MOST_CODE)).decode("utf-8", "replace")
+        text = index_bytes(self._archive, record).decode("utf-8", "replace")
         classes: dict[str, _Class] = {}
         current: _Class | None = None
         for line in text.split("\n"):
