@@ -25,26 +25,30 @@ class Pickler(pickle._Pickler):
         return str(id(obj)) if isinstance(obj, torch.Tensor) else None
 
 
-def tar(obj: Any, tensors: list[torch.Tensor], *, pax: bool = False, location: str = "cpu") -> bytes:
+def tar(
+    obj: Any, tensors: list[torch.Tensor], *, pax: bool = False, location: str = "cpu", views: bool = False
+) -> bytes:
     """A legacy tar of an object; tensors that share a storage share it in the file."""
     storages: dict[int, torch.UntypedStorage] = {}
     entries = io.BytesIO()
+    parts = []  # with `views`, every tensor but the first has a storage that is a part of another
     pickle.dump(len(tensors), entries, 2)
     for tensor in tensors:
         key = tensor.untyped_storage().data_ptr()
         storages[key] = tensor.untyped_storage()
+        first = tensor.storage_offset()
+        if views and len(parts) < len(tensors) - 1 and tensor is not tensors[0]:
+            parts.append((len(parts) + 1, key, first, tensor.untyped_storage().size() // 4 - first))
+            key, first = parts[-1][0], 0
         pickle.dump((id(tensor), key, torch.FloatTensor), entries, 2)
         rank = tensor.dim()
-        entries.write(struct.pack(f"<i4x{2 * rank + 1}q", rank, *tensor.shape, *tensor.stride(), 0))
-        if tensor.storage_offset():
-            entries.seek(-8, io.SEEK_CUR)
-            entries.write(struct.pack("<q", tensor.storage_offset()))
+        entries.write(struct.pack(f"<i4x{2 * rank + 1}q", rank, *tensor.shape, *tensor.stride(), first))
     held = io.BytesIO()
     pickle.dump(len(storages), held, 2)
     for key, storage in storages.items():
         pickle.dump((key, location, torch.FloatStorage), held, 2)
         held.write(struct.pack("<q", len(storage) // 4) + bytes(storage))
-    pickle.dump([], held, 2)
+    pickle.dump(parts, held, 2)
     objects = io.BytesIO()
     Pickler(objects, 2).dump(obj)
     file = io.BytesIO()
@@ -63,12 +67,12 @@ def values() -> OrderedDict[str, torch.Tensor]:
     return OrderedDict(a=base.reshape(6, 10), b=base[5:17].reshape(3, 4).T, c=torch.rand(7), d=torch.tensor(3.5))
 
 
-@pytest.mark.parametrize("pax", [False, True])
-def test_state_dict(pax: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pax", "views"), [(False, False), (True, False), (False, True)])
+def test_state_dict(pax: bool, views: bool, tmp_path: Path) -> None:
     """Views, shared storages, a scalar; torch reads the same."""
     held = values()
     path = tmp_path / "x.pth"
-    path.write_bytes(tar({"state_dict": held, "epoch": 3}, list(held.values()), pax=pax))
+    path.write_bytes(tar({"state_dict": held, "epoch": 3}, list(held.values()), pax=pax, views=views))
     with quiet():
         assert_same(torch.load(path, weights_only=False)["state_dict"], held)
     assert_same(anycard.read(path), held)
