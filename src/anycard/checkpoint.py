@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from zlib_ng import zlib_ng
 
 from anycard.disk.source import Source, open_source
-from anycard.errors import CheckpointError, ChoiceError, FormatError, naming
+from anycard.errors import CheckpointError, FormatError, naming
 from anycard.formats.index import Index
 from anycard.formats.registry import read_index
 from anycard.limits import DEFAULT, Limits
@@ -50,6 +50,7 @@ class Checkpoint:
     def close(self) -> None:
         """Let go of the file."""
         self._source.close()
+        self._index.source.close()
 
     @property
     def tree(self) -> Any:
@@ -112,9 +113,9 @@ class Checkpoint:
     def ties(self) -> dict[str, TensorInfo]:
         """Second names of tied tensors that a safetensors file keeps in its metadata."""
         tree = self._index.tree
-        if self.format != "safetensors":
+        if self.format not in ("safetensors", "sharded safetensors"):
             return {}
-        pairs = self._index.metadata.items()
+        pairs = [(name, kept) for name, kept in self._index.metadata.items() if isinstance(kept, str)]
         return {name: tree[kept] for name, kept in pairs if kept in tree and name not in tree and name != "format"}
 
     def chosen(self, key: str | None = None) -> StateDict:
@@ -196,15 +197,12 @@ def open_checkpoint(
 
     Raises:
         FormatError: Damaged, or no checkpoint.
-        ChoiceError: `member` was given, and the file is a checkpoint itself.
+        ChoiceError: Several checkpoints are inside; or `member` names none, or the file is one itself.
         FileNotFoundError: There is no such file.
     """
     source = open_source(file)
     try:
-        index = read_index(source, limits)
-        if member is not None:
-            message = f"{source.name} is a {index.format} file, not one that holds others: member= picks nothing in it"
-            raise ChoiceError(message, path=source.name)
+        index = read_index(source, limits, member)
         return Checkpoint(source, index, limits)
     except BaseException:
         source.close()

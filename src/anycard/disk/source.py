@@ -20,7 +20,10 @@ class Source:
     Attributes:
         name: What errors call it: the path as given, or the open file's own name.
         size: Bytes.
+        path: Where the file is, if it was opened by its path.
     """
+
+    path: str | None = None
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
@@ -181,21 +184,29 @@ def open_source(file: str | os.PathLike[str] | BinaryIO) -> Source:
 
     Raises:
         FileNotFoundError: There is no such file.
-        FormatError: It is a folder.
         TypeError: Neither a path nor an open binary file.
     """
     if isinstance(file, (str, os.PathLike)):
         path = os.fspath(file)
         if os.path.isdir(path):  # noqa: PTH112 - a path of any kind, without importing pathlib
-            raise FormatError(f"{path} is a folder, not a checkpoint file", path=path)
-        mode = os.stat(path).st_mode  # noqa: PTH116
-        if not stat.S_ISREG(mode):
-            message = f"{path} is a pipe or a device, which cannot be read at an offset: put it into a file first"
-            raise FormatError(message, path=path)
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
-        return FileSource(path, fd, owned=True)
+            from anycard.disk.folder import Folder
+
+            return Folder(path)
+        return open_file(path)
     if not hasattr(file, "read") or not hasattr(file, "seek"):
         raise TypeError(f"a path or an open binary file is needed, not {type(file).__name__}")
     if isinstance(file, io.TextIOBase):  # type: ignore[unreachable]
         raise TypeError("the file is open as text: open it with mode 'rb'")
     return StreamSource(str(getattr(file, "name", "<open file>")), file)
+
+
+def open_file(path: str) -> Source:
+    """Open a file by its path."""
+    mode = os.stat(path).st_mode  # noqa: PTH116
+    if not stat.S_ISREG(mode):
+        message = f"{path} is a pipe or a device, which cannot be read at an offset: put it into a file first"
+        raise FormatError(message, path=path)
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+    source = FileSource(path, fd, owned=True)
+    source.path = path
+    return source

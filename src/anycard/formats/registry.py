@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import NamedTuple
 
+from anycard.disk.folder import Folder
 from anycard.disk.source import Source
-from anycard.errors import FormatError
+from anycard.errors import ChoiceError, FormatError
 from anycard.formats.index import Index
 from anycard.limits import DEFAULT, Limits
 
@@ -60,6 +61,7 @@ LATE = (
     ),
 )
 _TAR = "anycard.formats.legacy_tar"  # a tar, told by its members
+_SHARDS = "anycard.formats.shards"  # an index of shards, told by its name
 _KNOWN = (
     (b"version https://git-lfs", "a Git LFS pointer: the file itself was not fetched. Run `git lfs pull`."),
     (b"<!doctype html", "a web page, not a checkpoint: the download gave a page instead of the file."),
@@ -70,12 +72,28 @@ _KNOWN = (
 )  # fmt: skip
 
 
-def read_index(source: Source, limits: Limits = DEFAULT) -> Index:
-    """The checked index of a file, in whatever format it is.
+def read_index(source: Source, limits: Limits = DEFAULT, member: str | None = None) -> Index:
+    """The checked index of a file or a folder, in whatever format it is.
+
+    Args:
+        member: Which checkpoint, where several are inside.
 
     Raises:
         FormatError: Empty, damaged, or no checkpoint; with the byte offset where one is meant.
+        ChoiceError: Several checkpoints are inside, or none of the name `member`.
     """
+    if isinstance(source, Folder):
+        return _read("anycard.formats.folders", source, limits, member)
+    if member is not None:
+        message = f"{source.name} is one checkpoint, not a file that holds others: member= picks nothing in it"
+        raise ChoiceError(message, path=source.name)
+    if source.name.endswith(".index.json") and importlib.import_module(_SHARDS).is_index(source):
+        return _read(_SHARDS, source, limits)
+    return read_file_index(source, limits)
+
+
+def read_file_index(source: Source, limits: Limits = DEFAULT) -> Index:
+    """The checked index of a checkpoint that is a single file."""
     head = source.read(0, min(source.size, 1024))
     if not head:
         raise FormatError("the file is empty (0 bytes), or the open file stands at its end", path=source.name, offset=0)
@@ -97,9 +115,9 @@ def _legacy(head: bytes) -> bool:
     return _MAGIC in head[:32] or head.startswith(_MAGIC_TEXT)
 
 
-def _read(module: str, source: Source, limits: Limits) -> Index:
+def _read(module: str, source: Source, limits: Limits, *member: str | None) -> Index:
     try:
-        index: Index = importlib.import_module(module).read_index(source, limits)
+        index: Index = importlib.import_module(module).read_index(source, limits, *member)
     except FormatError as error:
         error.path = error.path or source.name
         raise

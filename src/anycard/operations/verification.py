@@ -79,7 +79,7 @@ def _other_records(ckpt: Checkpoint, storages: dict[int, Storage], limits: Limit
         if record.offset in offsets or record.crc is None:
             continue
         try:
-            record_bytes(ckpt._source, record, limits)
+            record_bytes(ckpt._index.source, record, limits)
         except FormatError:
             damaged.append(name)
     return damaged
