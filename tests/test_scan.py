@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import bz2
 import datetime
+import gzip
 import io
 import json
+import lzma
 import pathlib
 import pickle
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
@@ -140,6 +144,24 @@ def test_what_cannot_be_followed_to_its_end_is_never_clean(tmp_path: Path, cut: 
         (tmp_path / "a.pkl").write_bytes(content)
         status, report = scanned(tmp_path / "a.pkl")
         assert (status, report["clean"]) == (2, False)
+
+
+@pytest.mark.parametrize("name", ["reduce, protocol 0", "stack global"])
+def test_attacks_in_compressed_files_and_tars_are_found(tmp_path: Path, name: str) -> None:
+    """gzip, bz2, xz, and a tar of files, one of which is bad."""
+    for module in (gzip, bz2, lzma):
+        (tmp_path / "a.pkl").write_bytes(module.compress(ATTACKS[name]))
+        assert scanned(tmp_path / "a.pkl")[0] == 1
+        (tmp_path / "a.pkl").write_bytes(module.compress(pickle.dumps({"a": 1})))
+        assert scanned(tmp_path / "a.pkl")[0] == 0
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for member, data in (("good.pkl", pickle.dumps([1])), ("bad.pkl", ATTACKS[name])):
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    status, report = scanned(tmp_path / "a.tar")
+    assert status == 1
+    assert {f["where"] for f in report["findings"]} == {"bad.pkl"}
 
 
 def test_folders_are_scanned_file_by_file(tmp_path: Path) -> None:

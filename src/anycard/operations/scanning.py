@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from anycard.containers.inflated import record_bytes
+from anycard.containers.streams import inflated, kind_of
 from anycard.containers.zip_directory import Record as ZipRecord
 from anycard.containers.zip_directory import read_directory
 from anycard.disk.source import Source, StreamSource, open_source
@@ -117,8 +120,32 @@ class _Scanner:
             self._unreadable(where, "files within files, deeper than 5")
         elif head[:2] == b"PK":
             self._zip(source, where, depth)
+        elif kind_of(head):
+            self._compressed(source, where, depth)
+        elif source.size > 262 and source.read(257, 5) == b"ustar":
+            self._tar(source, where, depth)
         elif _may_be_pickle(head) or where.lower().endswith(_NAMED) or not depth:
             self._stream(source, where, depth)
+
+    def _compressed(self, source: Source, where: str, depth: int) -> None:
+        try:
+            data = b"".join(inflated(source, self._limits.index_nbytes))
+        except FormatError as error:
+            self._unreadable(where, str(error.args[0]))
+            return
+        self._bytes(data, f"{where}/unpacked" if where else "unpacked", depth + 1)
+
+    def _tar(self, source: Source, where: str, depth: int) -> None:
+        try:
+            data = source.read(0, min(source.size, self._limits.index_nbytes))
+            with tarfile.open(fileobj=io.BytesIO(data)) as held:
+                for member in held:
+                    file = held.extractfile(member) if member.isfile() else None
+                    if file is not None:
+                        inside = f"{where}/{member.name}" if where else member.name
+                        self._bytes(file.read(), inside, depth + 1)
+        except (tarfile.TarError, ValueError, OSError, EOFError) as error:
+            self._unreadable(where, f"the tar archive cannot be followed to its end: {error}")
 
     def _zip(self, source: Source, where: str, depth: int) -> None:
         try:
@@ -157,8 +184,6 @@ class _Scanner:
             self.report.findings.append(Finding("TorchScript __setstate__", RUNS, True, where, at))
 
     def _bytes(self, data: bytes, where: str, depth: int) -> None:
-        import io
-
         self.file(StreamSource(where, io.BytesIO(data)), where, depth)
 
     def _stream(self, source: Source, where: str, depth: int) -> None:
