@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from anycard.disk.folder import Folder
 from anycard.errors import FormatError
-from anycard.formats import shards
+from anycard.formats import dcp, dcp_safetensors, shards
 from anycard.formats.choosing_members import may_be, meant, no_member
 from anycard.formats.index import Index
 from anycard.formats.registry import read_index as read_any
@@ -19,7 +19,7 @@ class Unit(NamedTuple):
 
     Attributes:
         label: What `member=` calls it: a file's name, or that of a set of shards with `*` for the number.
-        kind: "file", "index" or "shards".
+        kind: "file", "index", "shards", "dcp" (`.metadata` and what it names) or "dcp shards" (each rank's).
         files: The files of a set of shards.
     """
 
@@ -59,17 +59,22 @@ def _member(folder: Folder, member: str, labels: list[str], limits: Limits) -> I
 def _read(folder: Folder, unit: Unit, limits: Limits) -> Index:
     if unit.kind == "shards":
         return shards.unindexed(folder, unit.files, limits)
-    source = folder.open(unit.label)
-    if unit.kind == "index":
-        above = unit.label.rpartition("/")[0]
-        home = folder.open(above) if above else folder
-        assert isinstance(home, Folder)
-        return shards.indexed(home, source, limits)
-    return read_any(source, limits)
+    if unit.kind == "dcp shards":
+        return dcp_safetensors.read_index(folder, unit.files, limits)
+    if unit.kind == "file":
+        return read_any(folder.open(unit.label), limits)
+    above = unit.label.rpartition("/")[0]
+    home = folder.open(above) if above else folder
+    assert isinstance(home, Folder)
+    return dcp.read_index(home, limits) if unit.kind == "dcp" else shards.indexed(home, folder.open(unit.label), limits)
 
 
 def units(names: Collection[str]) -> list[Unit]:
     """The checkpoints among the files of one folder; shards are counted with their index."""
+    if dcp.METADATA in names:
+        return [Unit(dcp.METADATA, "dcp")]
+    ranks = tuple(sorted(name for name in names if dcp_safetensors.SHARD.fullmatch(name)))
+    names = [name for name in names if name not in ranks] if ranks else names
     indexes = [name for name in names if name.endswith(shards.INDEX)]
     stems = {name.removesuffix(".index.json") for name in indexes}
     sets: dict[str, list[str]] = {}
@@ -82,6 +87,7 @@ def units(names: Collection[str]) -> list[Unit]:
             sets.setdefault(f"{part['stem']}-*-of-{part['total']}{part['suffix']}", []).append(name)
     made = [Unit(name, "index") for name in indexes]
     made += [Unit(label, "shards", tuple(files)) for label, files in sets.items()]
+    made += [Unit("shard-*.safetensors", "dcp shards", ranks)] if ranks else []
     return made + [Unit(name, "file") for name in single if may_be(name)]
 
 

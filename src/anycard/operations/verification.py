@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from zlib_ng import zlib_ng
 
 from anycard.checkpoint import Checkpoint, open_checkpoint
+from anycard.formats.assembled import Assembled
 from anycard.formats.safetensors import FINGERPRINT
 from anycard.limits import DEFAULT, Limits
 from anycard.operations.fingerprinting import fingerprint_of
@@ -55,8 +57,9 @@ def verify_checkpoint(ckpt: Checkpoint, limits: Limits = DEFAULT) -> Report:
     names: dict[int, list[str]] = {}
     storages: dict[int, Storage] = {}
     for name, info in ckpt.tensors.items():
-        storages[id(info.storage)] = info.storage
-        names.setdefault(id(info.storage), []).append(name)
+        for storage in _stored(info.storage):
+            storages[id(storage)] = storage
+            names.setdefault(id(storage), []).append(name)
     damaged: list[str] = []
     unchecked: list[str] = []
     for place, storage in storages.items():
@@ -65,8 +68,14 @@ def verify_checkpoint(ckpt: Checkpoint, limits: Limits = DEFAULT) -> Report:
         elif _crc(storage, limits) != storage.crc:
             damaged += names[place]
     damaged += _other_records(ckpt, {id(s): s for s in storages.values()}, limits)
-    checked = len(ckpt.tensors) - len(damaged) - len(unchecked)
+    damaged, unchecked = list(dict.fromkeys(damaged)), list(dict.fromkeys(unchecked))
+    checked = len(ckpt.tensors.keys() - {*damaged, *unchecked})
     return Report(ckpt.path, ckpt.format, tuple(damaged), tuple(unchecked), checked)
+
+
+def _stored(storage: Storage) -> Iterable[Storage]:
+    """The storages that lie in files: of a tensor in chunks, those of all chunks."""
+    return storage.source.storages if isinstance(storage.source, Assembled) else (storage,)
 
 
 def _other_records(ckpt: Checkpoint, storages: dict[int, Storage], limits: Limits) -> list[str]:

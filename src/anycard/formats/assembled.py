@@ -1,0 +1,175 @@
+"""A tensor that lies in several places: its row-major bytes, put together from its chunks as they are read."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from anycard.disk.source import Source
+from anycard.errors import FormatError
+from anycard.tensors import DTYPES, Storage, TensorInfo
+
+_BLOCK = 1 << 20  # bytes of short runs that are read at once
+_LONG = 1 << 14  # a run of so many bytes is read straight to where it stays
+_MOST_COMPARED = 4_000_000
+
+
+class Chunk(NamedTuple):
+    """A box of a tensor: where it begins, and its elements."""
+
+    offsets: tuple[int, ...]
+    info: TensorInfo
+
+
+def assemble(name: str, owner: Source, dtype: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> TensorInfo:
+    """The tensor that chunks make, proved to fill it once and wholly.
+
+    Raises:
+        FormatError: A chunk lies outside, overlaps another, or elements are missing.
+    """
+    chunks = [chunk for chunk in chunks if chunk.info.numel]
+    _prove(name, shape, chunks)
+    whole = len(chunks) == 1 and chunks[0].info.shape == shape
+    if whole:
+        return chunks[0].info
+    odd = next((c.info.storage for c in chunks if c.info.storage.missing or c.info.storage.big_endian), None)
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if odd is not None or any(c.info.conj or c.info.neg for c in chunks):
+        why = (odd and odd.missing) or "its chunks have another byte order, or are lazily conjugated"
+        return TensorInfo(dtype, shape, Storage(name, nbytes, missing=why))
+    source = Assembled(owner.name, shape, DTYPES[dtype].itemsize, chunks)
+    return TensorInfo(dtype, shape, Storage(name, nbytes, "cpu", source, 0))
+
+
+def _prove(name: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
+    for offsets, info in chunks:
+        box = zip(offsets, info.shape, shape, strict=True) if len(offsets) == len(info.shape) == len(shape) else None
+        if box is None or any(at + size > most for at, size, most in box):
+            raise FormatError(f"{name}: a chunk of {list(info.shape)} at {list(offsets)} lies outside {list(shape)}")
+    have, want = sum(chunk.info.numel for chunk in chunks), math.prod(shape)
+    if have != want:
+        raise FormatError(f"{name} is not whole: its chunks have {have:,} elements of {want:,}", name=name)
+    _refuse_overlap(name, chunks, len(shape))
+
+
+def _refuse_overlap(name: str, chunks: Sequence[Chunk], rank: int) -> None:
+    """Boxes in the order of the dimension that is cut most; only those that reach a box are compared with it."""
+    if len(chunks) < 2:
+        return
+    cut = max(range(rank), key=lambda d: len({c.offsets[d] for c in chunks}))
+    open_: list[Chunk] = []
+    compared = 0
+    for chunk in sorted(chunks, key=lambda c: c.offsets[cut]):
+        open_ = [c for c in open_ if c.offsets[cut] + c.info.shape[cut] > chunk.offsets[cut]]
+        compared += len(open_)
+        if compared > _MOST_COMPARED or any(_meet(chunk, other) for other in open_):
+            raise FormatError(f"{name}: its chunks overlap, or are cut in an endless way", name=name)
+        open_.append(chunk)
+
+
+def _meet(a: Chunk, b: Chunk) -> bool:
+    rows = zip(a.offsets, a.info.shape, b.offsets, b.info.shape, strict=True)
+    return all(at < bt + n and bt < at + m for at, m, bt, n in rows)
+
+
+class Assembled(Source):
+    """The row-major bytes of a tensor in chunks; memory is taken for a block of short runs at most.
+
+    Attributes:
+        storages: What the chunks are views of.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], itemsize: int, chunks: Sequence[Chunk]) -> None:
+        super().__init__(name, math.prod(shape) * itemsize)
+        self.storages = [chunk.info.storage for chunk in chunks]
+        split = max((d for c in chunks for d in range(len(shape)) if c.info.shape[d] != shape[d]), default=0)
+        self._parts = sorted((_Part(c, shape, split, itemsize) for c in chunks), key=lambda part: part.first)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        end = offset + len(view)
+        if end > self.size:
+            raise self._short(offset, len(view))
+        for part in self._parts:
+            if part.first < end and offset < part.end:
+                part.copy(offset, view)
+
+
+class _Part:
+    """A chunk as runs of bytes that lie together in the tensor: those of its last cut dimension and all below."""
+
+    def __init__(self, chunk: Chunk, shape: tuple[int, ...], split: int, itemsize: int) -> None:
+        self._info = info = chunk.info
+        below = math.prod(shape[split + 1 :]) * itemsize
+        self._outer = info.shape[:split]
+        self._steps = [math.prod(shape[d + 1 :]) * itemsize for d in range(split)]
+        self._base = sum(at * math.prod(shape[d + 1 :]) for d, at in enumerate(chunk.offsets)) * itemsize
+        self._run = info.shape[split] * below if shape else itemsize
+        self._runs = math.prod(self._outer)
+        self.first = self._base
+        self.end = self._at(self._runs - 1) + self._run
+
+    def _at(self, index: int) -> int:
+        """Where a run begins in the tensor."""
+        place = self._base
+        for size, step in zip(reversed(self._outer), reversed(self._steps), strict=True):
+            index, inner = divmod(index, size)
+            place += inner * step
+        return place
+
+    def copy(self, offset: int, view: memoryview) -> None:
+        """Write what the chunk has of the tensor's bytes from `offset` on."""
+        end = offset + len(view)
+        index = bisect_right(range(self._runs), offset - self._run, key=self._at)
+        stop = bisect_left(range(self._runs), end, key=self._at)
+        while index < stop:
+            at = self._at(index)
+            if self._run >= _LONG or at < offset or at + self._run > end:
+                low, high = max(at, offset), min(at + self._run, end)
+                _read(self._info, index * self._run + low - at, view[low - offset : high - offset])
+                index += 1
+            else:
+                count = min(stop - index, max(_BLOCK // self._run, 1))
+                count -= self._at(index + count - 1) + self._run > end
+                self._scatter(index, count, offset, view)
+                index += count
+
+    def _scatter(self, index: int, count: int, offset: int, view: memoryview) -> None:
+        """Read many short runs at once, and put each to its place."""
+        import numpy as np
+
+        block = bytearray(count * self._run)
+        _read(self._info, index * self._run, memoryview(block))
+        places = np.full(count, self._base - offset, np.int64)
+        rest: Any = np.arange(index, index + count)
+        for size, step in zip(reversed(self._outer), reversed(self._steps), strict=True):
+            rest, inner = np.divmod(rest, size)
+            places += inner * step
+        target = np.frombuffer(view, np.uint8)
+        target[places[:, None] + np.arange(self._run)] = np.frombuffer(block, np.uint8).reshape(count, self._run)
+
+
+def _read(info: TensorInfo, start: int, view: memoryview) -> None:
+    """Fill a view with a part of a tensor's row-major bytes."""
+    storage = info.storage
+    if not info.contiguous:
+        view[:] = _dense(info)[start : start + len(view)]
+    elif storage.data is not None:
+        view[:] = storage.data[info.start + start : info.start + start + len(view)]
+    else:
+        assert storage.source is not None and storage.offset is not None
+        storage.source.read_into(storage.offset + info.start + start, view)
+
+
+def _dense(info: TensorInfo) -> memoryview:
+    """A chunk with strides, made row-major; all of it, as few are stored so."""
+    import numpy as np
+
+    data = bytearray(info.span)
+    _read(TensorInfo("uint8", (info.span,), info.storage, start=info.start), 0, memoryview(data))
+    size = DTYPES[info.dtype].itemsize
+    flat = np.frombuffer(data, dtype=f"V{size}")
+    steps = tuple(step * size for step in info.stride)
+    dense = np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, info.shape, steps))
+    return memoryview(dense.reshape(-1).view(np.uint8).data)
