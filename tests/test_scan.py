@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 from torch import nn
 
@@ -171,6 +172,20 @@ def test_folders_are_scanned_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "sub" / "bad.bin").write_bytes(ATTACKS["stack global"])
     report = anycard.scan(tmp_path)
     assert [f.where for f in report.bad] == ["sub/bad.bin"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_distributed_checkpoint_is_clean(tmp_path: Path) -> None:
+    """Its index is torch's own; its data files are archives one after the other, each looked into."""
+    model = nn.Linear(3, 2)
+    dcp.save({"model": model.state_dict(), "step": 3}, checkpoint_id=str(tmp_path / "d"))
+    assert anycard.scan(tmp_path / "d").clean
+    data = next((tmp_path / "d").glob("*.distcp"))
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", ATTACKS["stack global"])
+        data.write_bytes(data.read_bytes() + file.getvalue())
+    assert anycard.scan(tmp_path / "d").bad
 
 
 def test_scanning_runs_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from anycard.containers.inflated import record_bytes
 from anycard.containers.streams import inflated, kind_of
 from anycard.containers.zip_directory import Record as ZipRecord
 from anycard.containers.zip_directory import read_directory
-from anycard.disk.source import Source, StreamSource, open_source
+from anycard.disk.source import Source, StreamSource, WindowSource, open_source
 from anycard.errors import FormatError
 from anycard.formats.plain_pickle import budget_of
 from anycard.limits import DEFAULT, Limits
@@ -21,6 +21,7 @@ from anycard.pickles.recording import Record, record_pickle
 
 _DEEPEST = 5  # files within files
 _MOST_PICKLES = 100_000
+_MOST_ARCHIVES = 10_000
 _NAMED = (".pkl", ".pickle", ".p", ".pt", ".pth", ".bin", ".ckpt", ".dill", ".joblib")
 
 
@@ -151,7 +152,8 @@ class _Scanner:
         try:
             records = read_directory(source, self._limits)
         except FormatError as error:
-            self._unreadable(where, str(error.args[0]))
+            if not self._several_zips(source, where, depth):
+                self._unreadable(where, str(error.args[0]))
             return
         self._script = any(name.endswith("/constants.pkl") or name == "constants.pkl" for name in records)
         for name, record in records.items():
@@ -168,6 +170,15 @@ class _Scanner:
                 continue
             if _may_be_pickle(data[:16]) or data[:2] == b"PK" or name.lower().endswith(_NAMED):
                 self._bytes(data, inside, depth + 1)
+
+    def _several_zips(self, source: Source, where: str, depth: int) -> bool:
+        """Archives one after the other, as distributed checkpoints put them into a `.distcp`; False for anything else."""
+        parts = list(_zips_within(source, self._limits))
+        if len(parts) < 2 or depth >= _DEEPEST:
+            return False
+        for index, part in enumerate(parts):
+            self._zip(part, f"{where}/{index}", depth + 1)
+        return True
 
     def _source(self, source: Source, record: ZipRecord, where: str) -> None:
         """Code in the archive: TorchScript's runs on load where it sets state, a torch package's when imported."""
@@ -232,6 +243,27 @@ class _Scanner:
 
     def _unreadable(self, where: str, why: str) -> None:
         self.report.unreadable.append(f"{where}: {why}" if where else why)
+
+
+def _zips_within(source: Source, limits: Limits) -> Iterator[Source]:
+    """The archives that a file is made of, one after the other without a gap; none where that is not so."""
+    data = source.read(0, min(source.size, limits.index_nbytes))
+    parts: list[Source] = []
+    start = end = 0
+    for _ in range(_MOST_ARCHIVES):
+        end = data.find(b"PK\x05\x06", end)
+        if end < 0:
+            break
+        end += 22
+        part = WindowSource(source, start, min(end, source.size) - start)
+        try:
+            read_directory(part, limits)
+        except FormatError:
+            continue
+        parts.append(part)
+        start = end
+    if start == source.size:
+        yield from parts
 
 
 def _may_be_pickle(head: bytes) -> bool:

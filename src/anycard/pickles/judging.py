@@ -25,6 +25,11 @@ _TENSOR_NAMES = {
     "torch._tensor": {"_rebuild_from_type_v2", "Tensor"},
     "torch.nn.parameter": {"Parameter", "Buffer"},
     "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata",
+        "BytesStorageMetadata", "MetadataIndex", "StorageMeta",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
 }  # fmt: skip
 _INERT_NAMES = {
     "builtins": {"set", "frozenset", "bytearray", "bytes", "complex", "list", "dict", "tuple", "int", "float", "str",
