@@ -172,7 +172,7 @@ class _Scanner:
                 self._bytes(data, inside, depth + 1)
 
     def _several_zips(self, source: Source, where: str, depth: int) -> bool:
-        """Archives one after the other, as distributed checkpoints put them into a `.distcp`; False for anything else."""
+        """Archives one after the other, as in a distributed checkpoint's `.distcp`; False for anything else."""
         parts = list(_zips_within(source, self._limits))
         if len(parts) < 2 or depth >= _DEEPEST:
             return False
