@@ -7,17 +7,18 @@ from dataclasses import asdict
 
 import click
 
-from anycard.cli.options import AS_JSON
+from anycard.cli.options import AS_JSON, MEMBER
 from anycard.cli.output import clean, count, print_json
 from anycard.operations.verification import Report, verify
 
 
 @click.command("verify")
 @click.argument("file")
+@MEMBER
 @AS_JSON
-def command(file: str, as_json: bool) -> None:
+def command(file: str, member: str | None, as_json: bool) -> None:
     """Check every checksum in FILE. Exit 1 where something is damaged."""
-    report = verify(file)
+    report = verify(file, member=member)
     if as_json:
         print_json({**asdict(report), "ok": report.ok})
     else:

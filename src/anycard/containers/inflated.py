@@ -42,6 +42,16 @@ class Inflated:
             raise self._damaged("its CRC-32 does not match")
         return held
 
+    def pieces(self) -> Iterator[bytes]:
+        """All bytes in order; FormatError at their end where they are not what the directory says."""
+        at = crc = 0
+        for piece in self._pieces():
+            at += len(piece)
+            crc = zlib_ng.crc32(piece, crc)
+            yield piece
+        if at != self._record.nbytes or crc != (crc if self._record.crc is None else self._record.crc):
+            raise self._damaged("its size or its CRC-32 does not match")
+
     def _pieces(self) -> Iterator[bytes]:
         """What the record inflates to, up to one byte more than it should."""
         record, source = self._record, self._source

@@ -162,6 +162,9 @@ class WindowSource(Source):
     def origin(self, offset: int) -> tuple[Source, int]:
         return self._source, self._offset + offset
 
+    def close(self) -> None:
+        self._source.close()
+
 
 class MemorySource(Source):
     """Bytes that are in memory already."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from anycard.disk.folder import Folder
 from anycard.errors import FormatError
-from anycard.formats import dcp, dcp_safetensors, shards
+from anycard.formats import dcp, dcp_safetensors, shards, unpacked, zero
 from anycard.formats.choosing_members import may_be, meant, no_member
 from anycard.formats.index import Index
 from anycard.formats.registry import read_index as read_any
@@ -19,7 +19,8 @@ class Unit(NamedTuple):
 
     Attributes:
         label: What `member=` calls it: a file's name, or that of a set of shards with `*` for the number.
-        kind: "file", "index", "shards", "dcp" (`.metadata` and what it names) or "dcp shards" (each rank's).
+        kind: "file", "index", "shards", "dcp" (`.metadata` and what it names), "dcp shards" (each rank's) or
+            "unpacked" (a torch zip's records).
         files: The files of a set of shards.
     """
 
@@ -38,13 +39,18 @@ def read_index(folder: Folder, limits: Limits, member: str | None = None) -> Ind
     files = folder.files()
     found = units(files)
     if member is None and not found:
+        latest = zero.latest(folder, files)
+        if latest is not None:
+            return read_index(latest, limits)
         files = folder.files(depth=2)
         found = _deeper(files)
     labels = [unit.label for unit in found]
     if member is not None and member not in labels:
         return _member(folder, member, labels, limits)
     label = meant(labels, folder.name, list(files)) if member is None else member
-    return _read(folder, next(unit for unit in found if unit.label == label), limits)
+    index = _read(folder, next(unit for unit in found if unit.label == label), limits)
+    index.metadata.update(zero.masters(index.tree, list(files)))
+    return index
 
 
 def _member(folder: Folder, member: str, labels: list[str], limits: Limits) -> Index:
@@ -66,13 +72,17 @@ def _read(folder: Folder, unit: Unit, limits: Limits) -> Index:
     above = unit.label.rpartition("/")[0]
     home = folder.open(above) if above else folder
     assert isinstance(home, Folder)
-    return dcp.read_index(home, limits) if unit.kind == "dcp" else shards.indexed(home, folder.open(unit.label), limits)
+    if unit.kind == "index":
+        return shards.indexed(home, folder.open(unit.label), limits)
+    return dcp.read_index(home, limits) if unit.kind == "dcp" else unpacked.read_index(home, limits)
 
 
 def units(names: Collection[str]) -> list[Unit]:
     """The checkpoints among the files of one folder; shards are counted with their index."""
     if dcp.METADATA in names:
         return [Unit(dcp.METADATA, "dcp")]
+    if all(name in names for name in unpacked.MEMBERS):
+        return [Unit(unpacked.MEMBERS[0], "unpacked")]
     ranks = tuple(sorted(name for name in names if dcp_safetensors.SHARD.fullmatch(name)))
     names = [name for name in names if name not in ranks] if ranks else names
     indexes = [name for name in names if name.endswith(shards.INDEX)]

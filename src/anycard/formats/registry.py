@@ -61,6 +61,7 @@ LATE = (
     ),
 )
 _TAR = "anycard.formats.legacy_tar"  # a tar, told by its members
+_HOLDERS = "anycard.formats.holders"  # files that hold checkpoints
 _SHARDS = "anycard.formats.shards"  # an index of shards, told by its name
 _KNOWN = (
     (b"version https://git-lfs", "a Git LFS pointer: the file itself was not fetched. Run `git lfs pull`."),
@@ -68,15 +69,17 @@ _KNOWN = (
     (b"<html", "a web page, not a checkpoint: the download gave a page instead of the file."),
     (b"<?xml", "an XML document, not a checkpoint: the download gave an error instead of the file."),
     (b"\x89HDF", "an HDF5 file (Keras or PyTables), not a PyTorch checkpoint."),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed: unpack it first."),
     (b"GGUF", "a GGUF file (llama.cpp), not a PyTorch checkpoint."),
 )  # fmt: skip
 
 
-def read_index(source: Source, limits: Limits = DEFAULT, member: str | None = None) -> Index:
+def read_index(source: Source, limits: Limits = DEFAULT, member: str | None = None, depth: int = 0) -> Index:
     """The checked index of a file or a folder, in whatever format it is.
 
     Args:
         member: Which checkpoint, where several are inside.
+        depth: How many files the source lies in.
 
     Raises:
         FormatError: Empty, damaged, or no checkpoint; with the byte offset where one is meant.
@@ -84,6 +87,11 @@ def read_index(source: Source, limits: Limits = DEFAULT, member: str | None = No
     """
     if isinstance(source, Folder):
         return _read("anycard.formats.folders", source, limits, member)
+    head = source.read(0, min(source.size, 512))
+    held = None if _is_plain(head) else importlib.import_module(_HOLDERS).read_held(source, limits, member, depth)
+    if held is not None:
+        index: Index = held
+        return index
     if member is not None:
         message = f"{source.name} is one checkpoint, not a file that holds others: member= picks nothing in it"
         raise ChoiceError(message, path=source.name)
@@ -108,6 +116,21 @@ def read_file_index(source: Source, limits: Limits = DEFAULT) -> Index:
         if head.startswith(row.starts):
             return _read(row.module, source, limits)
     raise FormatError(_explain(head), path=source.name, offset=0)
+
+
+def is_checkpoint(head: bytes) -> bool:
+    """A file that begins so is a checkpoint by its magic number; or a zip, which may be anything."""
+    known = any(
+        head.startswith(row.starts) and (row.module != "anycard.formats.legacy" or _legacy(head)) for row in FORMATS
+    )
+    return known or (len(head) > 8 and _like_safetensors(head, len(head)))
+
+
+def _is_plain(head: bytes) -> bool:
+    """The common case: no file that could hold others, but a torch zip, or a checkpoint of another magic number."""
+    if head.startswith(b"PK"):
+        return head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b"data.pkl")
+    return is_checkpoint(head)
 
 
 def _legacy(head: bytes) -> bool:

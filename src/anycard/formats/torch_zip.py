@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from anycard.containers import inflated
@@ -40,7 +41,12 @@ def read_index(source: Source, limits: Limits, budget: Budget | None = None, *, 
     Raises:
         FormatError: Damaged, or a zip of another kind.
     """
-    archive = Archive(source, read_directory(source, limits), limits)
+    return read_archive(Archive(source, read_directory(source, limits), limits), budget, nested=nested)
+
+
+def read_archive(archive: Archive, budget: Budget | None = None, *, nested: bool = False) -> Index:
+    """The same, of records wherever they lie."""
+    source, limits = archive.source, archive.limits
     if archive.kind and not nested:
         index: Index = importlib.import_module(f"anycard.formats.{archive.kind}").read_index(archive)
         return index
@@ -63,6 +69,15 @@ def index_bytes(archive: Archive, record: Record) -> bytes:
 def record_bytes(source: Source, record: Record, limits: Limits) -> bytes | bytearray:
     """A small record's bytes, inflated where it is compressed, checked against its CRC."""
     return inflated.record_bytes(source, record, limits.index_nbytes)
+
+
+def is_torch(names: Iterable[str]) -> bool:
+    """Records of these names make an archive of torch's."""
+    lower = [name.lower() for name in names]
+    pickle = any(n == "data.pkl" or (n.endswith("/data.pkl") and n.count("/") == 1) for n in lower)
+    return pickle or any(
+        n.endswith(tells) and n.count("/") <= tells.count("/") + 1 for _, tells in _KINDS for n in lower
+    )
 
 
 class Archive:

@@ -40,13 +40,17 @@ class Report:
         return not self.damaged
 
 
-def verify(path: str | os.PathLike[str] | BinaryIO) -> Report:
+def verify(path: str | os.PathLike[str] | BinaryIO, *, member: str | None = None) -> Report:
     """Check every checksum in a file.
+
+    Args:
+        member: Which file, where this one holds checkpoints inside.
 
     Raises:
         FormatError: The index cannot be read.
+        ChoiceError: Several checkpoints are inside, and no `member` was given.
     """
-    with open_checkpoint(path) as ckpt:
+    with open_checkpoint(path, member=member) as ckpt:
         return verify_checkpoint(ckpt)
 
 
@@ -85,7 +89,7 @@ def _other_records(ckpt: Checkpoint, storages: dict[int, Storage], limits: Limit
     offsets = {s.offset for s in storages.values()}
     damaged = []
     for name, record in ckpt.records.items():
-        if record.offset in offsets or record.crc is None:
+        if ckpt._index.source.origin(record.offset)[1] in offsets or record.crc is None:
             continue
         try:
             record_bytes(ckpt._index.source, record, limits)
