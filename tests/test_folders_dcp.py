@@ -205,6 +205,8 @@ LIES: dict[str, Callable[[Metadata], None]] = {
     "a chunk outside": lambda m: setattr(_chunk(m), "offsets", torch.Size([0, 0, 1])),
     "a larger chunk": lambda m: setattr(_chunk(m), "sizes", torch.Size([5, 7])),
     "a chunk twice": lambda m: m.state_dict_metadata["model.0.weight"].chunks.append(_chunk(m)),
+    "a chunk a million times": lambda m: m.state_dict_metadata["model.0.weight"].chunks.extend([_chunk(m)] * 1_000_000),
+    "one entry for two": lambda m: m.storage_data.update({MetadataIndex("model.2.weight", (0, 0)): _entry(m)}),
     "no chunks": lambda m: m.state_dict_metadata["model.0.weight"].chunks.clear(),
     "another dtype": lambda m: setattr(m.state_dict_metadata["model.0.weight"].properties, "dtype", torch.int64),
     "no entry": lambda m: m.storage_data.pop(MetadataIndex("model.0.weight", (0, 0))),
@@ -226,6 +228,26 @@ def test_metadata_that_lies(tmp_path: Path, lie: str) -> None:
     with pytest.raises(anycard.FormatError) as caught:
         anycard.read(folder)
     assert caught.value.path and str(folder) in str(caught.value)
+
+
+def test_more_files_than_may_be_open(tmp_path: Path) -> None:
+    """A folder of many ranks."""
+    resource = pytest.importorskip("resource")
+    want = {f"t{i}": torch.full((3,), float(i)) for i in range(300)}
+    folder = saved(tmp_path / "c", dict(want))
+    with (folder / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    data = (folder / "__0_0.distcp").read_bytes()
+    for index, info in enumerate(metadata.storage_data.values()):
+        (folder / f"__{index}_0.rank").write_bytes(data[info.offset : info.offset + info.length])
+        info.relative_path, info.offset = f"__{index}_0.rank", 0
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    kept = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (280, kept[1]))
+    try:
+        assert_same(anycard.read(folder), want)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, kept)
 
 
 def test_metadata_is_never_unpickled(tmp_path: Path) -> None:

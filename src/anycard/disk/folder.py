@@ -10,6 +10,7 @@ from anycard.errors import FormatError
 
 _MOST_LISTED = 100_000
 _DEEPEST = 2
+_MOST_OPEN = 200  # files that stay open; a process may have 1,024
 
 
 class Folder(Source):
@@ -48,7 +49,7 @@ class Folder(Source):
             return Folder(path)
         if not stat.S_ISREG(mode):
             raise FormatError(f"{path} is no regular file", path=path, name=name)
-        return open_file(path)
+        return open_file(path) if len(self._opened) < _MOST_OPEN else BriefSource(path)
 
     def has(self, name: str) -> bool:
         """A regular file of that name is there."""
@@ -70,6 +71,21 @@ class Folder(Source):
 
     def close(self) -> None:
         for source in self._opened.values():
+            source.close()
+
+
+class BriefSource(Source):
+    """A file that is opened for as long as it is read, as there may be many."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, os.stat(path).st_size)  # noqa: PTH116
+        self.path = path
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        source = open_file(self.name)
+        try:
+            source.read_into(offset, view)
+        finally:
             source.close()
 
 

@@ -13,7 +13,10 @@ from anycard.tensors import DTYPES, Storage, TensorInfo
 
 _BLOCK = 1 << 20  # bytes of short runs that are read at once
 _LONG = 1 << 14  # a run of so many bytes is read straight to where it stays
-_MOST_COMPARED = 4_000_000
+_MOST_COMPARED = 1_000_000
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # where it begins, and its sizes
 
 
 class Chunk(NamedTuple):
@@ -30,7 +33,7 @@ def assemble(name: str, owner: Source, dtype: str, shape: tuple[int, ...], chunk
         FormatError: A chunk lies outside, overlaps another, or elements are missing.
     """
     chunks = [chunk for chunk in chunks if chunk.info.numel]
-    _prove(name, shape, chunks)
+    prove_boxes(name, shape, [(chunk.offsets, chunk.info.shape) for chunk in chunks])
     whole = len(chunks) == 1 and chunks[0].info.shape == shape
     if whole:
         return chunks[0].info
@@ -43,35 +46,39 @@ def assemble(name: str, owner: Source, dtype: str, shape: tuple[int, ...], chunk
     return TensorInfo(dtype, shape, Storage(name, nbytes, "cpu", source, 0))
 
 
-def _prove(name: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
-    for offsets, info in chunks:
-        box = zip(offsets, info.shape, shape, strict=True) if len(offsets) == len(info.shape) == len(shape) else None
-        if box is None or any(at + size > most for at, size, most in box):
-            raise FormatError(f"{name}: a chunk of {list(info.shape)} at {list(offsets)} lies outside {list(shape)}")
-    have, want = sum(chunk.info.numel for chunk in chunks), math.prod(shape)
+def prove_boxes(name: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
+    """Boxes, none of them empty, fill a tensor once and wholly.
+
+    Raises:
+        FormatError: One lies outside, two overlap, or elements are missing.
+    """
+    for at, size in boxes:
+        inside = len(at) == len(size) == len(shape)
+        if not inside or any(a + n > most for a, n, most in zip(at, size, shape, strict=True)):
+            raise FormatError(f"{name}: a chunk of {list(size)} at {list(at)} lies outside {list(shape)}", name=name)
+    have, want = sum(math.prod(size) for _, size in boxes), math.prod(shape)
     if have != want:
         raise FormatError(f"{name} is not whole: its chunks have {have:,} elements of {want:,}", name=name)
-    _refuse_overlap(name, chunks, len(shape))
+    _refuse_overlap(name, boxes, len(shape))
 
 
-def _refuse_overlap(name: str, chunks: Sequence[Chunk], rank: int) -> None:
-    """Boxes in the order of the dimension that is cut most; only those that reach a box are compared with it."""
-    if len(chunks) < 2:
+def _refuse_overlap(name: str, boxes: Sequence[Box], rank: int) -> None:
+    """In the order of the dimension that is cut most, only boxes that reach a box are compared with it."""
+    if len(boxes) < 2 or not rank:
         return
-    cut = max(range(rank), key=lambda d: len({c.offsets[d] for c in chunks}))
-    open_: list[Chunk] = []
+    cut = max(range(rank), key=lambda d: len({at[d] for at, _ in boxes}))
+    near: list[Box] = []
     compared = 0
-    for chunk in sorted(chunks, key=lambda c: c.offsets[cut]):
-        open_ = [c for c in open_ if c.offsets[cut] + c.info.shape[cut] > chunk.offsets[cut]]
-        compared += len(open_)
-        if compared > _MOST_COMPARED or any(_meet(chunk, other) for other in open_):
+    for at, size in sorted(boxes, key=lambda box: box[0][cut]):
+        near = [(bt, m) for bt, m in near if bt[cut] + m[cut] > at[cut]]
+        compared += len(near)
+        if compared > _MOST_COMPARED or any(_meet(at, size, bt, m) for bt, m in near):
             raise FormatError(f"{name}: its chunks overlap, or are cut in an endless way", name=name)
-        open_.append(chunk)
+        near.append((at, size))
 
 
-def _meet(a: Chunk, b: Chunk) -> bool:
-    rows = zip(a.offsets, a.info.shape, b.offsets, b.info.shape, strict=True)
-    return all(at < bt + n and bt < at + m for at, m, bt, n in rows)
+def _meet(at: tuple[int, ...], size: tuple[int, ...], bt: tuple[int, ...], m: tuple[int, ...]) -> bool:
+    return all(a < b + k and b < a + n for a, n, b, k in zip(at, size, bt, m, strict=True))
 
 
 class Assembled(Source):

@@ -11,7 +11,7 @@ from typing import Any
 from anycard.disk.folder import Folder, plain_parts
 from anycard.disk.source import Source, WindowSource
 from anycard.errors import FormatError
-from anycard.formats.assembled import Chunk, assemble
+from anycard.formats.assembled import Chunk, assemble, prove_boxes
 from anycard.formats.index import Index
 from anycard.formats.nested import nested
 from anycard.formats.registry import read_file_index
@@ -90,13 +90,13 @@ class _Entries:
 
     def _prove(self) -> None:
         """All files are there, all ranges lie in them and are apart."""
-        ranges: dict[str, set[tuple[int, int]]] = {}
+        ranges: dict[str, list[tuple[int, int]]] = {}
         for info in self._infos.values():
             name, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
             if not isinstance(name, str) or type(offset) is not int or type(length) is not int:
                 raise FormatError("an entry of DCP's metadata has no file, offset and length", offset=0)
             plain_parts(name, f"{self.folder.name}/{METADATA}")
-            ranges.setdefault(name, set()).add((offset, offset + length))
+            ranges.setdefault(name, []).append((offset, offset + length))
         missing = sorted(name for name in ranges if not self.folder.has(name))
         if missing:
             names = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
@@ -126,7 +126,7 @@ class _Entries:
             raise
 
 
-def _prove_ranges(source: Source, ranges: set[tuple[int, int]]) -> None:
+def _prove_ranges(source: Source, ranges: list[tuple[int, int]]) -> None:
     last = 0
     for start, end in sorted(ranges):
         if start < last or end < start:
@@ -150,8 +150,10 @@ def _value(name: str, described: Any, entries: _Entries, limits: Limits) -> Any:
         raise FormatError(f"{short(name)!r} has no list of chunks", offset=0, name=short(name))
     boxes = [_state(chunk, "ChunkStorageMetadata") for chunk in chunks]
     places = [(_sizes(box.get("offsets"), limits), _sizes(box.get("sizes"), limits)) for box in boxes]
-    made = [Chunk(at, _chunk(name, dtype, at, size, entries)) for at, size in places if 0 not in size]
-    if made or 0 not in shape:
+    places = [(at, size) for at, size in places if 0 not in size]
+    prove_boxes(short(name), shape, places)  # before any is read: a list may have the same chunk a million times
+    made = [Chunk(at, _chunk(name, dtype, at, size, entries)) for at, size in places]
+    if made:
         return assemble(short(name), entries.folder, dtype, shape, made)
     return TensorInfo(dtype, shape, Storage(short(name), 0, data=b""))
 

@@ -6,8 +6,8 @@ import os
 from bisect import bisect_right
 
 from anycard.containers.zip_directory import Record
-from anycard.disk.folder import Folder
-from anycard.disk.source import Source, open_file
+from anycard.disk.folder import BriefSource, Folder
+from anycard.disk.source import Source
 from anycard.formats.index import Index
 from anycard.formats.torch_zip import Archive, read_archive
 from anycard.limits import Limits
@@ -32,7 +32,7 @@ def read_index(folder: Folder, limits: Limits) -> Index:
 
 
 class _Joined(Source):
-    """Files one after the other; each is opened for as long as it is read, as there may be many.
+    """Files one after the other.
 
     Attributes:
         starts: Where each begins.
@@ -55,9 +55,5 @@ class _Joined(Source):
             end = self.starts[index + 1] if index + 1 < len(self.starts) else self.size
             part = view[: end - offset]
             if len(part):
-                source = open_file(self._paths[index])
-                try:
-                    source.read_into(offset - self.starts[index], part)
-                finally:
-                    source.close()
+                BriefSource(self._paths[index]).read_into(offset - self.starts[index], part)
             view, offset, index = view[len(part) :], end, index + 1
