@@ -167,11 +167,11 @@ def _set_counters(work: Work, options: Options, undo: Undo | None) -> None:
     """Batch norms' counters that have no memory yet start at 0; wrappers get their own state."""
     with torch.no_grad():
         for target in work.counters:
-            if target.tensor.is_meta:
+            if target.now.is_meta:
                 target.module._buffers[target.attribute] = torch.tensor(
                     0, dtype=target.tensor.dtype, device=options.device or "cpu"
                 )
         for wrapped, value in work.wrapper_state:
             if undo is not None:
-                undo.keep_bytes([wrapped.tensor])
-            wrapped.tensor.fill_(value)
+                undo.keep_bytes([wrapped.now])
+            wrapped.now.fill_(value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,8 +15,7 @@ from anycard.names.paths import join
 from anycard.names.wrappers import Wrapper, wrapper_of
 
 
-@dataclass(eq=False)
-class Target:
+class Target(NamedTuple):
     """A parameter or persistent buffer of a live model.
 
     Attributes:
@@ -24,32 +24,38 @@ class Target:
         attribute: Its name there.
         parameter: It stands in `_parameters`, else in `_buffers`.
         own: It belongs to a wrapper (`n_averaged`), not to the model.
+        tensor: The tensor that stood there when the model was looked at.
+        shape: Its sizes; (-1,) for an uninitialised one of a lazy module, which has none yet.
     """
 
     name: str
     module: nn.Module
     attribute: str
     parameter: bool
-    own: bool = False
+    own: bool
+    tensor: torch.Tensor
+    shape: tuple[int, ...]
 
     @property
-    def tensor(self) -> torch.Tensor:
-        """The tensor as it is now."""
+    def now(self) -> torch.Tensor:
+        """The tensor that stands there by now."""
         held = self.module._parameters if self.parameter else self.module._buffers
         tensor = held[self.attribute]
         assert tensor is not None
         return tensor
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its sizes; (-1,) for an uninitialised one of a lazy module, which has none yet."""
-        tensor = self.tensor
-        return (-1,) if is_lazy(tensor) else tuple(tensor.shape)
+
+Walked = Sequence[tuple[str, str, nn.Module]]  # live path, canonical path, module
+
+
+@lru_cache(maxsize=1024)  # a model has many modules of few classes
+def _row_of(kind: type[nn.Module]) -> Wrapper | None:
+    return wrapper_of(f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__)
 
 
 def live_wrapper(module: nn.Module) -> Wrapper | None:
     """The wrapper table's row for a live module, by its class and bases."""
-    return wrapper_of(f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__)
+    return _row_of(type(module))  # type: ignore[arg-type]  # mypy takes no class of classes for hashable
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -62,62 +68,72 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+def walk(model: nn.Module) -> Walked:
     """Every module: live path, canonical path, module. A module met twice comes twice."""
-    stack: list[tuple[str, str, nn.Module, tuple[int, ...]]] = [("", "", model, ())]
+    found: list[tuple[str, str, nn.Module]] = []
+    stack: list[tuple[str, str, nn.Module, frozenset[int]]] = [("", "", model, frozenset())]
     while stack:
         live, canonical, module, above = stack.pop()
         if id(module) in above:
             continue
-        yield live, canonical, module
+        found.append((live, canonical, module))
+        if not module._modules:
+            continue
         row = live_wrapper(module)
+        inside = above | {id(module)}
         for name, child in reversed(module._modules.items()):
-            if child is None:
-                continue
-            inward = canonical if row is not None and name == row.child else join(canonical, name)
-            stack.append((join(live, name), inward, child, (*above, id(module))))
-
-
-def targets(model: nn.Module) -> list[Target]:
-    """Every parameter and persistent buffer, under its canonical name; ties come under each name."""
-    found = []
-    for _, canonical, module in walk(model):
-        row = live_wrapper(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.append(Target(join(canonical, name), module, name, True))
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found.append(Target(join(canonical, name), module, name, False, row is not None and name in row.own))
+            if child is not None:
+                inward = canonical if row is not None and name == row.child else join(canonical, name)
+                stack.append((join(live, name), inward, child, inside))
     return found
 
 
-def canonical_paths(model: nn.Module) -> dict[str, str]:
+def targets(walked: Walked) -> list[Target]:
+    """Every parameter and persistent buffer, under its canonical name; ties come under each name."""
+    found = []
+    for _, canonical, module in walked:
+        prefix = f"{canonical}." if canonical else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.append(Target(prefix + name, module, name, True, False, parameter, _shape(parameter)))
+        if module._buffers:
+            row = live_wrapper(module)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    own = row is not None and name in row.own
+                    found.append(Target(prefix + name, module, name, False, own, buffer, _shape(buffer)))
+    return found
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return (-1,) if is_lazy(tensor) else tuple(tensor.shape)
+
+
+def canonical_paths(walked: Walked) -> dict[str, str]:
     """Live module path -> canonical module path.
 
     Activation-checkpoint wrappers hide their own segment from their state dict, so the paths without it count too.
     """
-    paths = {live: canonical for live, canonical, _ in walk(model)}
+    paths = {live: canonical for live, canonical, _ in walked}
     hidden = "_checkpoint_wrapped_module"
     seen = {".".join(p for p in live.split(".") if p != hidden): canonical for live, canonical in paths.items()}
     return {**seen, **paths}
 
 
-def live_paths(model: nn.Module) -> dict[str, str]:
+def live_paths(walked: Walked) -> dict[str, str]:
     """Canonical module path -> live module path, of the innermost module that has the canonical one."""
-    return {canonical: live for live, canonical, _ in walk(model)}
+    return {canonical: live for live, canonical, _ in walked}
 
 
-def not_stored(model: nn.Module) -> set[str]:
+def not_stored(walked: Walked) -> set[str]:
     """Canonical names of the non-persistent buffers."""
-    walked = walk(model)
     return {join(path, name) for _, path, m in walked for name in m._non_persistent_buffers_set}
 
 
-def on_meta(model: nn.Module) -> list[tuple[str, torch.Tensor, nn.Module]]:
+def on_meta(walked: Walked) -> list[tuple[str, torch.Tensor, nn.Module]]:
     """Every parameter and buffer that has no memory yet, with its module."""
     found = []
-    for _, path, module in walk(model):
+    for _, path, module in walked:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.is_meta:
                 found.append((join(path, name), tensor, module))

@@ -18,6 +18,7 @@ from anycard.tensors import TensorInfo, row_major
 from anycard.torch.dtypes import FROM_TORCH
 from anycard.torch.modules import (
     Target,
+    Walked,
     canonical_paths,
     live_paths,
     not_stored,
@@ -39,48 +40,55 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
         CheckpointError: `model.state_dict` was overwritten by an assignment.
     """
     refuse_assigned_state_dict(model)
-    wanted = targets(model)
+    walked = walk(model)
+    wanted = targets(walked)
     shapes = {t.name: t.shape for t in wanted if not t.own}
     candidates: Sequence[StateDict] = ckpt.state_dicts
     unions = [held for held in ckpt.found.unions if options.key is None or held.key == options.key]
     if options.key is not None and not (unions and options.key not in {held.key for held in candidates}):
         candidates, unions = [by_key(candidates, options.key, ckpt.path)], []
     match = find(candidates, unions, shapes, options.rename, ckpt.path)
-    work = _planned(ckpt, model, wanted, match, options)
+    work = _planned(ckpt, walked, wanted, match, options)
     if not match.hits and not work.plan.fits and options.rename is None and any(map(loads_itself, model.modules())):
         for other in last_resorts(candidates, shapes):
-            again = _planned(ckpt, model, wanted, other, options)
+            again = _planned(ckpt, walked, wanted, other, options)
             if again.plan.fits:
                 return again
     return work
 
 
-def _planned(ckpt: Checkpoint, model: nn.Module, wanted: list[Target], match: Match, options: Options) -> Work:
+def _planned(ckpt: Checkpoint, walked: Walked, wanted: list[Target], match: Match, options: Options) -> Work:
+    model = walked[0][2]
     total = sum(not target.own for target in wanted)
     plan = LoadPlan(ckpt.path, type(unwrapped(model)).__name__, match.where, total=total)
     work = Work(plan, model, match)
-    _Planner(work, wanted, options, ckpt).run()
+    _Planner(work, walked, wanted, options, ckpt).run()
     return work
 
 
 class _Planner:
     """The steps of planning; each fills a part of the work."""
 
-    def __init__(self, work: Work, wanted: list[Target], options: Options, ckpt: Checkpoint) -> None:
+    def __init__(self, work: Work, walked: Walked, wanted: list[Target], options: Options, ckpt: Checkpoint) -> None:
         self.work = work
         self.plan = work.plan
         self.options = options
         self.ckpt = ckpt
+        self.walked = walked
         self.wanted = {t.name: t for t in wanted if not t.own}
         self.own_state = [t for t in wanted if t.own]
         self.stored = infos(work.match)
         self.chosen = set(self.wanted)
         if options.only is not None:
             self.chosen = selected(self.wanted, options.only)
-        self.live = live_paths(work.model)
         self.missing: list[str] = []
         self.spare_extras: list[str] = []
         self.used: set[str] = set()
+
+    @cached_property
+    def live(self) -> dict[str, str]:
+        """Canonical module path -> the path in the module tree."""
+        return live_paths(self.walked)
 
     @cached_property
     def metadata(self) -> dict[str, dict[str, Any]]:
@@ -91,9 +99,9 @@ class _Planner:
         """
         found = canonical_metadata(self.work.match, self.ckpt.mark)
         if self.work.match.source.canonical is not None:
-            return {path: {"version": module._version} for _, path, module in walk(self.work.model)}
+            return {path: {"version": module._version} for _, path, module in self.walked}
         if "metadata" in self.ckpt.mark:
-            return {**{path: {"version": 1} for _, path, _ in walk(self.work.model)}, **found}
+            return {**{path: {"version": 1} for _, path, _ in self.walked}, **found}
         return found
 
     def run(self) -> None:
@@ -142,7 +150,7 @@ class _Planner:
         handled: set[str] = set()
         top: str | None = None
         root = unwrapped(self.work.model)
-        for live, canonical, module in walk(self.work.model):
+        for live, canonical, module in self.walked:
             if top is not None and (not top or canonical == top or canonical.startswith(top + ".")):
                 continue  # the walk goes down before it goes on, so all below a module follows it at once
             entry = module is root and overrides_entry(module)
@@ -150,7 +158,7 @@ class _Planner:
                 continue
             top = canonical
             prefix = canonical + "." if canonical else ""
-            mine = {prefix + t.name for t in targets(module) if not t.own}
+            mine = {prefix + t.name for t in targets(walk(module)) if not t.own}
             if mine & self.chosen or self.options.only is None:
                 self._ask(module, canonical, live, entry)
             handled |= mine
@@ -178,7 +186,7 @@ class _Planner:
 
     def _copies(self, loader: OwnLoader, back: Mapping[str, str]) -> dict[str, tuple[str, TensorInfo]] | None:
         """Canonical name -> stored name and tensor, reshaped as the module did; None where that takes a call."""
-        paths = canonical_paths(self.work.model)
+        paths = canonical_paths(self.walked)
         copies = {}
         for target, source in loader.trace.copies.items():
             name = translated(target, paths)
@@ -199,7 +207,7 @@ class _Planner:
         self.used |= {n for n in back.values() if n not in unexpected}
         self.plan.nbytes += sum(info.nbytes for info in loader.given.values())
         if found.reported:
-            paths = canonical_paths(self.work.model)
+            paths = canonical_paths(self.walked)
             self.missing += [translated(n, paths) for n in found.missing if not n.endswith("_extra_state")]
 
     def _from_trace(
@@ -209,7 +217,7 @@ class _Planner:
         back: Mapping[str, str],
         copies: Mapping[str, tuple[str, TensorInfo]],
     ) -> None:
-        paths = canonical_paths(self.work.model)
+        paths = canonical_paths(self.walked)
         unexpected = {back.get(n, n) for n in loader.trace.unexpected}
         absent = {translated(n, paths) for n in loader.trace.missing}
         kept: list[str] = []
@@ -254,7 +262,7 @@ class _Planner:
     def _extra_state(self) -> None:
         extras = self.work.match.source.extras
         taken: set[str] = set()
-        for _, canonical, module in walk(self.work.model):
+        for _, canonical, module in self.walked:
             if type(module).set_extra_state is nn.Module.set_extra_state:
                 continue
             name = join(canonical, "_extra_state")
@@ -285,7 +293,7 @@ class _Planner:
         self.work.fills = [group[0] for group in groups.values()]
 
     def _leftovers(self) -> None:
-        hidden = not_stored(self.work.model)
+        hidden = not_stored(self.walked)
         left = [n for n in self.stored if not (n in self.used or n in self.wanted)]
         left += self.spare_extras
         dropped = [n for n in left if n in hidden]
@@ -298,7 +306,7 @@ class _Planner:
         called = {id(m) for loader in self.work.called for m in loader.module.modules()}
         filled = {id(target.tensor) for target, _ in self.work.fills}
         counters = {id(target.tensor) for target in self.work.counters}
-        bare = [held for held in on_meta(self.work.model) if id(held[2]) not in called]
+        bare = [held for held in on_meta(self.walked) if id(held[2]) not in called]
         self.plan.unfillable = tuple(name for name, tensor, _ in bare if id(tensor) not in filled | counters)
 
     def _lightning(self) -> bool:

@@ -17,7 +17,7 @@ from anycard.torch.modules import canonical_paths, live_wrapper, refuse_assigned
 def state_of(model: nn.Module) -> tuple[OrderedDict[str, Any], dict[str, Any]]:
     """A model's real state dict under canonical names, and the state that belongs to its wrappers."""
     refuse_assigned_state_dict(model)
-    paths = canonical_paths(model)
+    paths = canonical_paths(walk(model))
     with _real_methods(model):
         live = model.state_dict()
     own = _wrapper_names(model)
