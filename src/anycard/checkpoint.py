@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from zlib_ng import zlib_ng
 
+from anycard.collection import uncollected
 from anycard.disk.source import Source, open_source
 from anycard.errors import CheckpointError, FormatError, naming
 from anycard.formats.index import Index
@@ -202,8 +203,8 @@ def open_checkpoint(
     """
     source = open_source(file)
     try:
-        index = read_index(source, limits, member)
-        return Checkpoint(source, index, limits)
+        with uncollected():
+            return Checkpoint(source, read_index(source, limits, member), limits)
     except BaseException:
         source.close()
         raise

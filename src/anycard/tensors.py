@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 TYPE_CHECKING = False
@@ -213,6 +214,7 @@ class TensorInfo:
 TensorInfo.__module__ = "anycard"
 
 
+@lru_cache(maxsize=4096)  # a model has many tensors of few shapes
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements of a contiguous tensor, as torch gives them."""
     strides = []
@@ -223,6 +225,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+@lru_cache(maxsize=4096)
 def is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Elements lie in row-major order without gaps (strides of sizes 0 and 1 do not count)."""
     step = 1
@@ -236,6 +239,7 @@ def is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
+@lru_cache(maxsize=4096)
 def span_numel(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Elements from the first to the last, both included; 0 for an empty tensor."""
     if 0 in shape:
@@ -243,6 +247,7 @@ def span_numel(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
+@lru_cache(maxsize=4096)
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Every element has its own place and there are no gaps, in whatever order of dimensions."""
     step = 1

@@ -6,7 +6,6 @@ import io
 import os
 import stat
 import threading
-from collections.abc import Sequence
 from typing import BinaryIO
 
 from anycard.errors import FormatError
@@ -37,12 +36,6 @@ class Source:
             OSError: The disk failed; passed on as it came.
         """
         raise NotImplementedError
-
-    def read_into_all(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Fill several views, at most 1,024, one after the other from byte `offset`; else as `read_into`."""
-        for view in views:
-            self.read_into(offset, view)
-            offset += len(view)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """`nbytes` bytes from byte `offset`; FormatError where the file ends before."""
@@ -88,20 +81,6 @@ class FileSource(Source):
             if moved == 0:
                 raise self._short(offset, len(view))
             done += moved
-
-    def read_into_all(self, offset: int, views: Sequence[memoryview]) -> None:
-        total = sum(map(len, views))
-        if not hasattr(os, "preadv") or total > _MOST:
-            super().read_into_all(offset, views)
-            return
-        done = os.preadv(self._fd, views, offset + self._base)
-        if done < total:  # rare: a signal, a network file system, or the end of the file
-            for view in views:
-                have = min(max(done, 0), len(view))
-                if have < len(view):
-                    self.read_into(offset + have, view[have:])
-                offset += len(view)
-                done -= len(view)
 
     def _read(self, offset: int, nbytes: int) -> bytes:
         if not hasattr(os, "pread") or nbytes > _MOST:

@@ -1,10 +1,13 @@
-"""Carry out reads: many small jobs sorted, grouped into vectored calls, run by a few threads. Knows no tensors."""
+"""Carry out reads: small neighbours by one call, large ones in parts, straight to where they stay, by a few threads.
+
+Knows no tensors.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from zlib_ng import zlib_ng
@@ -14,7 +17,8 @@ from anycard.errors import FormatError
 from anycard.limits import DEFAULT, Limits
 
 _GAP = 4096  # bytes between two jobs that are read rather than skipped: the padding of a zip record
-_MOST_VIEWS = 512  # preadv takes 1,024 buffers a call; every job may need one for the gap before it
+_SMALL = 32 << 10  # up to here a copy out of a common buffer costs less than a place of its own in the read
+_MOST_GROUP = 1 << 20  # such a buffer stays in the processor's cache
 
 
 class ReadJob(NamedTuple):
@@ -22,31 +26,42 @@ class ReadJob(NamedTuple):
 
     Attributes:
         offset: In bytes from the start of the source.
-        target: Writable, contiguous, uint8, shape (nbytes,). Targets must not overlap.
+        nbytes: How many.
+        address: Of writable memory for as many bytes, which the caller keeps alive. Targets must not overlap.
         label: What errors call it.
         crc: CRC-32 that these very bytes must have, or None.
     """
 
     offset: int
-    target: memoryview
+    nbytes: int
+    address: int
     label: str
     crc: int | None = None
 
 
-@dataclass
-class _Batch:
-    """One vectored read: neighbours in the file, gaps included; or a part of one large job."""
+class _Batch(NamedTuple):
+    """One read: a part of a large job, or a group of small neighbours by way of a buffer.
 
-    offset: int
-    views: list[memoryview] = field(default_factory=list)
-    sums: list[tuple[int, int, int]] = field(default_factory=list)  # job, start within it, place in `views`
-    nbytes: int = 0  # of jobs, without gaps
+    Attributes:
+        start, nbytes: Where in the file.
+        part: How far into its only job it begins; None for a group.
+    """
+
+    start: int
+    nbytes: int
+    jobs: Sequence[ReadJob]
+    part: int | None
+
+
+def memory(address: int, nbytes: int) -> memoryview:
+    """The bytes at an address, writable; whoever asks keeps them alive."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B") if nbytes else memoryview(b"")
 
 
 def run_reads(
     source: Source, jobs: Sequence[ReadJob], done: Callable[[int], None] | None = None, *, limits: Limits = DEFAULT
 ) -> None:
-    """Fill memory from a file; every byte is read once, straight to where it stays.
+    """Fill memory from a file; every byte is read once.
 
     Args:
         done: Called with the bytes of each finished call, from one thread at a time.
@@ -56,52 +71,67 @@ def run_reads(
             Targets already filled keep their new bytes: the caller owns the way back.
         OSError: The disk failed; passed on as it came.
     """
-    order = sorted(range(len(jobs)), key=lambda index: jobs[index].offset)
-    batches = list(_batches(jobs, order, limits))
-    found: dict[int, list[tuple[int, int, int]]] = {}
-    _in_threads(source, batches, found, done or (lambda nbytes: None), limits)
-    for index, parts in found.items():
-        _check(jobs[index], parts)
+    batches = list(_batches(sorted(jobs), limits))
+    sums: dict[ReadJob, list[tuple[int, int, int]]] = {}
+    _in_threads(source, batches, sums, done or (lambda nbytes: None), limits)
+    for job, parts in sums.items():
+        _check_parts(job, parts)
 
 
-def _batches(jobs: Sequence[ReadJob], order: Sequence[int], limits: Limits) -> Iterator[_Batch]:
-    scratch = memoryview(bytearray(_GAP))
-    batch = _Batch(0)
-    end = -1
-    for index in order:
-        job = jobs[index]
-        size = len(job.target)
-        if size > limits.chunk_nbytes:
-            yield from _split(job, index, limits)
+def _batches(jobs: Sequence[ReadJob], limits: Limits) -> Iterator[_Batch]:
+    """The jobs, in the order of their offsets, as reads."""
+    most = min(_MOST_GROUP, limits.chunk_nbytes)
+    group: list[ReadJob] = []
+    start = end = 0
+    for job in jobs:
+        offset, nbytes = job.offset, job.nbytes
+        small = nbytes <= _SMALL
+        if group and not (small and end <= offset <= end + _GAP and offset + nbytes - start <= most):
+            yield _Batch(start, end - start, group, None)
+            group = []
+        if not small:
+            for part in range(0, nbytes, limits.chunk_nbytes):
+                yield _Batch(offset + part, min(limits.chunk_nbytes, nbytes - part), (job,), part)
             continue
-        gap = job.offset - end
-        full = batch.nbytes + size > limits.chunk_nbytes or len(batch.views) >= _MOST_VIEWS
-        if full or not 0 <= gap <= _GAP or not batch.views:
-            if batch.views:
-                yield batch
-            batch = _Batch(job.offset)
-        elif gap:
-            batch.views.append(scratch[:gap])
-        if job.crc is not None:
-            batch.sums.append((index, 0, len(batch.views)))
-        batch.views.append(job.target)
-        batch.nbytes += size
-        end = job.offset + size
-    if batch.views:
-        yield batch
+        if not group:
+            start = offset
+        group.append(job)
+        end = offset + nbytes
+    if group:
+        yield _Batch(start, end - start, group, None)
 
 
-def _split(job: ReadJob, index: int, limits: Limits) -> Iterator[_Batch]:
-    for start in range(0, len(job.target), limits.chunk_nbytes):
-        view = job.target[start : start + limits.chunk_nbytes]
-        sums = [(index, start, 0)] if job.crc is not None else []
-        yield _Batch(job.offset + start, [view], sums, len(view))
+def _run(source: Source, batch: _Batch, sums: dict[ReadJob, list[tuple[int, int, int]]]) -> int:
+    """Read one batch; gives the bytes that its jobs got."""
+    if batch.part is None:
+        return _read_group(source, batch)
+    job = batch.jobs[0]
+    view = memory(job.address + batch.part, batch.nbytes)
+    source.read_into(batch.start, view)
+    if job.crc is not None:
+        sums.setdefault(job, []).append((batch.part, zlib_ng.crc32(view), batch.nbytes))
+    return batch.nbytes
+
+
+def _read_group(source: Source, batch: _Batch) -> int:
+    data = bytearray(batch.nbytes)
+    view = memoryview(data)
+    source.read_into(batch.start, view)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(data))
+    total = 0
+    for offset, nbytes, address, label, crc in batch.jobs:
+        at = offset - batch.start
+        if crc is not None and zlib_ng.crc32(view[at : at + nbytes]) != crc:
+            raise _damaged(label, offset)
+        ctypes.memmove(address, base + at, nbytes)
+        total += nbytes
+    return total
 
 
 def _in_threads(
     source: Source,
     batches: Sequence[_Batch],
-    found: dict[int, list[tuple[int, int, int]]],
+    sums: dict[ReadJob, list[tuple[int, int, int]]],
     done: Callable[[int], None],
     limits: Limits,
 ) -> None:
@@ -116,12 +146,9 @@ def _in_threads(
                     batch = next(todo, None)
                 if batch is None:
                     return
-                source.read_into_all(batch.offset, batch.views)
-                sums = [(job, start, _summed(batch.views[place])) for job, start, place in batch.sums]
+                nbytes = _run(source, batch, sums)
                 with lock:
-                    for job, start, (crc, nbytes) in sums:
-                        found.setdefault(job, []).append((start, crc, nbytes))
-                    done(batch.nbytes)
+                    done(nbytes)
         except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
             errors.append(error)
 
@@ -137,17 +164,14 @@ def _in_threads(
         raise errors[0]
 
 
-def _summed(view: memoryview) -> tuple[int, int]:
-    return zlib_ng.crc32(view), len(view)
-
-
-def _check(job: ReadJob, parts: list[tuple[int, int, int]]) -> None:
+def _check_parts(job: ReadJob, parts: list[tuple[int, int, int]]) -> None:
     crc = 0
     for _, part, nbytes in sorted(parts):
         crc = zlib_ng.crc32_combine(crc, part, nbytes)
     if crc != job.crc:
-        raise FormatError(
-            f"{job.label} is damaged: its CRC-32 does not match. Copy or download the file again.",
-            offset=job.offset,
-            name=job.label,
-        )
+        raise _damaged(job.label, job.offset)
+
+
+def _damaged(label: str, offset: int) -> FormatError:
+    reason = "its CRC-32 does not match. Copy or download the file again."
+    return FormatError(f"{label} is damaged: {reason}", offset=offset, name=label)

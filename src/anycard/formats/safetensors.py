@@ -84,28 +84,27 @@ def _tensor(name: str, entry: Any, source: Source, start: int, limits: Limits) -
     if row is None:
         why = "has less than a byte per element, which no tensor of torch has" if code in _SUB_BYTE else "is not known"
         raise FormatError(f"{name}: dtype {code!r:.40} {why}", offset=8, name=name)
-    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-    if not all(type(v) is int and 0 <= v < 1 << 62 for v in numbers):
-        raise FormatError(f"{name}: its shape or offsets are no non-negative integers", offset=8, name=name)
+    for number in [*shape, begin, end] if type(shape) is list else [None]:
+        if type(number) is not int or not 0 <= number < 1 << 62:
+            raise FormatError(f"{name}: its shape or offsets are no non-negative integers", offset=8, name=name)
     if len(shape) > limits.rank:
         raise FormatError(f"{name}: {len(shape):,} dimensions are too many", offset=8, name=name)
-    storage = Storage(name, end - begin, "cpu", source, start + begin)
-    info = TensorInfo(row.name, tuple(shape), storage)
-    if info.nbytes != end - begin:
+    nbytes = math.prod(shape) * row.itemsize
+    if nbytes != end - begin:
         raise FormatError(
-            f"{name}: {row.name}, {shape} needs {info.nbytes:,} bytes, its range has {end - begin:,}",
+            f"{name}: {row.name}, {shape} needs {nbytes:,} bytes, its range has {end - begin:,}",
             offset=start + begin,
             name=name,
         )
-    return info
+    return TensorInfo(row.name, tuple(shape), Storage(name, nbytes, "cpu", source, start + begin))
 
 
 def _prove(tensors: dict[str, TensorInfo], source: Source, start: int) -> None:
     at = start
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].storage.offset, item[1].nbytes)):
-        if info.storage.offset != at:
-            raise FormatError(f"{name} overlaps its neighbour or leaves a hole", offset=info.storage.offset, name=name)
-        at += info.nbytes
+    for begin, nbytes, name in sorted((t.storage.offset or 0, t.storage.nbytes, name) for name, t in tensors.items()):
+        if begin != at:
+            raise FormatError(f"{name} overlaps its neighbour or leaves a hole", offset=begin, name=name)
+        at += nbytes
     if at != source.size:
         what = "is cut short" if at > source.size else "has bytes that no tensor owns"
         raise FormatError(f"the file {what}: {at:,} bytes are promised, {source.size:,} are there", offset=source.size)

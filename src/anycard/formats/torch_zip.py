@@ -171,7 +171,7 @@ class Storages:
         """The storage of a persistent id, its record proved to hold what is claimed."""
         if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
             raise FormatError("a persistent id that torch does not write")
-        _, kind, key, location, numel = pid[:5]
+        _, kind, key, location, numel, *_ = pid
         if not (is_storage_class(kind) and isinstance(key, str) and isinstance(location, str)):
             raise FormatError("a persistent id that torch does not write")
         if type(numel) is not int or not 0 <= numel < MOST_ELEMENTS:

@@ -59,6 +59,11 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
         repeated = count.again(obj) or repeated
         inside = (*above, id(obj))
         arrays = holds_weights(obj)
+        if all(type(child) is TensorInfo for _, child in children) and (arrays or not isinstance(obj, Mapping)):
+            count.one(repeated, len(children))
+            for name, child in children:
+                _keep(found, join(path, name), child)  # type: ignore[arg-type]
+            continue
         for name, child in reversed(children):
             if isinstance(child, TensorInfo) and child.is_array and not arrays:
                 found.objects[join(path, name)] = child
@@ -68,9 +73,8 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
 
 
 def _keep(found: Contents, path: str, info: TensorInfo) -> None:
-    if path in found.tensors and found.tensors[path].place != info.place:
+    if found.tensors.setdefault(path, info) is not info and found.tensors[path].place != info.place:
         raise FormatError(f"two tensors have one path, {path!r}: names with dots beside dicts in dicts", name=path)
-    found.tensors[path] = info
 
 
 class _Count:
@@ -82,9 +86,9 @@ class _Count:
         self._repeats = 0
         self._seen: set[int] = set()
 
-    def one(self, repeated: bool) -> None:
-        self._nodes += 1
-        self._repeats += repeated
+    def one(self, repeated: bool, parts: int = 1) -> None:
+        self._nodes += parts
+        self._repeats += repeated * parts
         if self._nodes > self._limits.nodes or self._repeats > self._limits.repeats:
             raise FormatError("the file's object has more parts than anything real (a bomb?)")
 

@@ -63,6 +63,12 @@ def without_segments(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in SEGMENTS)
 
 
+def has_no_segments(names: Iterable[str]) -> bool:
+    """No wrapper's segment in any name, told by one look at all of them."""
+    text = f".{'.'.join(names)}."
+    return not any(f".{row.child}." in text for row in WRAPPERS)
+
+
 def removable(names: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:
     """Paths of nodes whose only child is `module`: there, a wrapper may stand.
 

@@ -14,6 +14,7 @@ from anycard.pickles.arrays import ArrayStub, FollowedArray
 from anycard.pickles.budget import Budget
 from anycard.pickles.known import Globals
 from anycard.pickles.opcodes import MARK, PUSHES, STEPS
+from anycard.pickles.shortcut import Shortcut
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
@@ -72,6 +73,8 @@ class Machine:
 
     Attributes:
         protocol: What PROTO said.
+        shortcut: Reads a tensor's description in one step; None where each step counts.
+        pinned: Places in the memo that it relies on.
         at: Where the opcode in hand begins.
         pos: Where the next byte is taken.
     """
@@ -87,6 +90,9 @@ class Machine:
         self.budget = budget
         self.protocol = 0
         self._globals = Globals(self.budget)
+        self.pinned: set[int] = set()
+        self.shortcut: Shortcut | None = Shortcut(self)
+        self._maker: type[Inert] | None = None
 
     def run(self) -> tuple[Any, int]:
         """Step until STOP."""
@@ -147,7 +153,11 @@ class Machine:
 
     def number(self, nbytes: int) -> int:
         """The next bytes as an unsigned integer."""
-        return int.from_bytes(self.take(nbytes), "little")
+        start = self.pos
+        self.pos = end = start + nbytes
+        if end > self.size:
+            raise FormatError(f"the pickle is cut short: {nbytes:,} bytes are needed, {self.size - start:,} left")
+        return int.from_bytes(self.data[start:end], "little")
 
     def raw_line(self) -> bytes:
         """The bytes up to the next line feed."""
@@ -192,10 +202,27 @@ class Machine:
         """A value of the memo; a finished array is its tensor."""
         value = self.memo.get(index, MARK)
         if value is MARK:
-            raise FormatError("the pickle's memo lacks what is asked of it")
+            self.settle()
+            value = self.memo.get(index, MARK)
+            if value is MARK:
+                raise FormatError("the pickle's memo lacks what is asked of it")
+        if value is self._maker and self.shortcut is not None:
+            return self.shortcut.tensor() or value
         if isinstance(value, ArrayStub) and value.result is not None:
             return value.result
         return value
+
+    def remember(self, index: int) -> None:
+        """Put the top value into the memo."""
+        value = self.stack[-1]
+        if value is MARK or index in self.pinned:
+            raise FormatError("the pickle puts a mark into its memo, or writes one place of it twice")
+        self.memo[index] = value
+
+    def settle(self) -> None:
+        """Put into the memo what a shortcut passed by."""
+        if self.shortcut is not None and self.shortcut.passed:
+            self.shortcut.settle()
 
     # Objects.
 
@@ -206,7 +233,10 @@ class Machine:
                 module, name = _compat_pickle.NAME_MAPPING[module, name]
             elif module in _compat_pickle.IMPORT_MAPPING:
                 module = _compat_pickle.IMPORT_MAPPING[module]
-        return self._globals.find_class(module, name)
+        found = self._globals.find_class(module, name)
+        if name == "_rebuild_tensor_v2" and module == "torch._utils":
+            self._maker = found
+        return found
 
     def call(self, func: Any, args: Any) -> Any:
         """REDUCE: what is known is made, everything else is a stub."""

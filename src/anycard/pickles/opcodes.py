@@ -104,7 +104,7 @@ _push(b"C", lambda m: m.take(m.byte()))
 _push(b"\x8e", lambda m: m.long_bytes(m.number(8)))
 _push(b"\x96", _bytearray)
 _push(b"V", lambda m: m.raw_line().decode("raw_unicode_escape"))
-_push(b"X", lambda m: m.take(m.number(4)).decode("utf-8", "surrogatepass"))
+_push(b"X", lambda m: str(m.take(m.number(4)), "utf-8", "surrogatepass"))
 _push(b"\x8c", lambda m: m.take(m.byte()).decode("utf-8", "surrogatepass"))
 _push(b"\x8d", lambda m: m.take(m.number(8)).decode("utf-8", "surrogatepass"))
 _push(b"]", lambda m: [])
@@ -152,22 +152,23 @@ def _drop_to_mark(m: Machine) -> None:
 
 @_op(b"q")
 def _binput(m: Machine) -> None:
-    m.memo[m.byte()] = m.top()
+    m.remember(m.byte())
 
 
 @_op(b"r")
 def _long_binput(m: Machine) -> None:
-    m.memo[m.number(4)] = m.top()
+    m.remember(m.number(4))
 
 
 @_op(b"p")
 def _put(m: Machine) -> None:
-    m.memo[int(_digits(m))] = m.top()
+    m.remember(int(_digits(m)))
 
 
 @_op(b"\x94")
 def _memoize(m: Machine) -> None:
-    m.memo[len(m.memo)] = m.top()
+    m.settle()
+    m.remember(len(m.memo))
 
 
 @_op(b"\x93")

@@ -37,6 +37,7 @@ class _Recorder(Machine):
     def __init__(self, data: bytes, start: int, budget: Budget, record: Record) -> None:
         super().__init__(data, start, _any_storage, budget)
         self._record = record
+        self.shortcut = None  # each call is to be seen
 
     def find_class(self, module: str, name: str) -> type[Inert]:
         found = super().find_class(module, name)

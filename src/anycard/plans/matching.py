@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from anycard.errors import ChoiceError, MismatchError
 from anycard.names.paths import moved
 from anycard.names.stored import StateDict
-from anycard.names.wrappers import OWN_NAMES, removable, without_segments
+from anycard.names.wrappers import OWN_NAMES, has_no_segments, removable, without_segments
 from anycard.tensors import TensorInfo
 
 Rename = Mapping[str, str] | Sequence[tuple[str, str]] | Callable[[str], str]
@@ -150,6 +150,10 @@ def _distinct(matches: list[Match], shapes: Mapping[str, object]) -> list[Match]
 
 def _readings(candidate: StateDict, shapes: Mapping[str, tuple[int, ...]], rename: Rename | None) -> list[Match]:
     """The candidate from its top, and from every prefix that its names vote for."""
+    if rename is None and candidate.canonical is None and has_no_segments(candidate.tensors):
+        names = {name: name for name in candidate.tensors}
+        if shapes and all(name in names for name in shapes):
+            return [Match(candidate, "", names, ())]  # as the reading from the top would find, one name at a time
     variants = _variants(candidate)
     lookup = _lookup(shapes)
     top = _read_from(candidate, "", variants, lookup, rename)

@@ -37,8 +37,10 @@ def check(work: Work, options: Options) -> None:
 
 def _check_data_parallel(model: nn.Module, options: Options) -> None:
     wanted = options.device
+    if wanted is None:
+        return
     for module in model.modules():
-        if isinstance(module, nn.DataParallel) and module.device_ids and wanted is not None:
+        if isinstance(module, nn.DataParallel) and module.device_ids:
             first = torch.device("cuda", module.device_ids[0])
             if wanted.type != "cuda" or (wanted.index or 0) != first.index:
                 raise DeviceError(f"DataParallel keeps its model on {first}, device={str(wanted)!r} was asked for")
@@ -85,25 +87,27 @@ _Fills = list[tuple[Target, TensorInfo]]
 
 def _overlapping(fills: _Fills) -> list[_Fills]:
     """Targets that are different views of the same memory, such as a transposed tie."""
-    by_storage: dict[int, _Fills] = {}
-    for target, info in fills:
+    extents = []
+    for index, (target, _) in enumerate(fills):
         tensor = target.tensor
         if tensor.layout is torch.strided and not tensor.is_meta and not is_lazy(tensor) and tensor.numel():
-            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((target, info))
-    return [group for group in by_storage.values() if len(group) > 1 and _overlap(group)]
-
-
-def _overlap(group: _Fills) -> bool:
+            extents.append((*_extent(tensor), index))
+    groups: list[list[int]] = []
     reach = -1
-    for start, end in sorted(_extent(target.tensor) for target, _ in group):
+    for start, end, index in sorted(extents):
         if start < reach:
-            return True
+            groups[-1].append(index)
+        else:
+            groups.append([index])
         reach = max(reach, end)
-    return False
+    return [[fills[index] for index in sorted(group)] for group in groups if len(group) > 1]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    start = int(tensor.storage_offset()) * tensor.element_size()
+    """Addresses of the first element and behind the last."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     return start, start + span_numel(tuple(tensor.shape), tuple(tensor.stride())) * tensor.element_size()
 
 

@@ -1,8 +1,6 @@
-"""Between torch's dtypes and the names in `anycard.tensors`; between tensors and their bytes."""
+"""Between torch's dtypes and the names in `anycard.tensors`."""
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 
@@ -14,9 +12,10 @@ TO_TORCH: dict[str, torch.dtype] = {
 FROM_TORCH: dict[torch.dtype, str] = {dtype: name for name, dtype in TO_TORCH.items()}
 
 
-def byte_view(tensor: torch.Tensor) -> memoryview:
-    """The memory of a dense CPU tensor, first element to last, as a writable view; the tensor must outlive it."""
-    nbytes = tensor.numel() * tensor.element_size()
-    if not nbytes:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+# Tensors of these classes are what they seem: their memory is their elements.
+PLAIN = frozenset([torch.Tensor, torch.nn.Parameter])
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Its elements lie one after the other in memory of its own, in row-major order."""
+    return type(tensor) in PLAIN and tensor.layout is torch.strided and tensor.is_contiguous()

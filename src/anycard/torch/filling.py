@@ -17,6 +17,7 @@ from anycard.limits import DEFAULT, Limits
 from anycard.progress import Progress, counting
 from anycard.tensors import is_dense
 from anycard.torch.calling import call_loaders, check_extras, run_post_hooks, set_extras
+from anycard.torch.dtypes import is_plain
 from anycard.torch.modules import walk
 from anycard.torch.reading import Fill, fill_tensors
 from anycard.torch.undo import Undo
@@ -71,8 +72,12 @@ def fill(
 
 def _allocate(work: Work, options: Options) -> _Places:
     places = _Places()
+    as_it_is = options.device is None and options.dtype is None
     for target, info in work.fills:
         own = target.tensor
+        if as_it_is and is_plain(own) and not own.is_meta:
+            places.inplace.append(Fill(own, info, target.name))
+            continue
         device = options.device or (torch.device("cpu") if own.is_meta else own.device)
         dtype = final_dtype(own.dtype, info, options.dtype)
         if own.dtype == dtype and own.device == device and not own.is_meta and _writable(own):
@@ -107,7 +112,7 @@ def _read_in_place(
     inplace: list[Fill], done: Callable[[int], None], verify: bool, undo: Undo | None, limits: Limits
 ) -> None:
     if undo is not None:
-        if sum(f.tensor.numel() * f.tensor.element_size() for f in inplace) <= limits.undo_nbytes:
+        if sum(f.tensor.nbytes for f in inplace) <= limits.undo_nbytes:
             undo.keep_bytes(f.tensor for f in inplace)
         else:
             undo.lost = tuple(f.name for f in inplace)

@@ -140,18 +140,18 @@ def on_meta(walked: Walked) -> list[tuple[str, torch.Tensor, nn.Module]]:
     return found
 
 
-def refuse_assigned_state_dict(model: nn.Module) -> None:
+def refuse_assigned_state_dict(model: nn.Module, walked: Walked | None = None) -> None:
     """Raise where someone wrote `model.state_dict = loaded` instead of calling `load_state_dict`.
 
     A method of the same model is let be (an old adapter recipe binds one).
     """
-    members = {id(m) for m in model.modules()}
-    for live, module in model.named_modules():
-        value = vars(module).get("state_dict")
+    walked = walk(model) if walked is None else walked
+    for live, _, module in walked:
+        value = module.__dict__.get("state_dict")
         if value is None:
             continue
         bound = getattr(value, "__self__", None)
-        if callable(value) and (bound is None or id(bound) in members):
+        if callable(value) and (bound is None or any(bound is member for _, _, member in walked)):
             continue
         where = f"model.{live}" if live else "model"
         raise CheckpointError(

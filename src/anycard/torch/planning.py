@@ -39,8 +39,8 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
         ChoiceError: Several state dicts fit, or none is there.
         CheckpointError: `model.state_dict` was overwritten by an assignment.
     """
-    refuse_assigned_state_dict(model)
     walked = walk(model)
+    refuse_assigned_state_dict(model, walked)
     wanted = targets(walked)
     shapes = {t.name: t.shape for t in wanted if not t.own}
     candidates: Sequence[StateDict] = ckpt.state_dicts
@@ -279,6 +279,7 @@ class _Planner:
 
     def _ties(self) -> None:
         """One fill for each tensor; a name tied to a filled one is not missing."""
+        self.plan.pairs = {t.name: self._stored_name(t.name) for t, _ in self.work.fills}
         groups: dict[int, list[tuple[Target, TensorInfo]]] = {}
         for target, info in self.work.fills:
             groups.setdefault(id(target.tensor), []).append((target, info))
@@ -288,7 +289,6 @@ class _Planner:
                 if info.place != kept.place:
                     self.work.conflicts.append((first.name, kept, other.name, info))
                     self.plan.conflicts = (*self.plan.conflicts, (first.name, other.name))
-        self.plan.pairs = {t.name: self._stored_name(t.name) for t, _ in self.work.fills}
         self.missing = [n for n in self.missing if n not in self.wanted or id(self.wanted[n].tensor) not in groups]
         self.work.fills = [group[0] for group in groups.values()]
 

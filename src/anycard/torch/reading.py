@@ -17,7 +17,7 @@ from anycard.names.plain import plain
 from anycard.pickles.stubs import Inert
 from anycard.progress import Progress, counting
 from anycard.tensors import DTYPES, TensorInfo, is_dense
-from anycard.torch.dtypes import FROM_TORCH, TO_TORCH, byte_view
+from anycard.torch.dtypes import FROM_TORCH, PLAIN, TO_TORCH
 from anycard.warning import warn
 
 
@@ -68,23 +68,24 @@ def _fill_directly(group: Sequence[Fill], done: Callable[[int], None] | None, ch
 
 def _job(fill: Fill, check: bool) -> ReadJob:
     tensor, info, name = fill
-    storage = info.storage
+    storage, nbytes = info.storage, info.nbytes
     assert storage.offset is not None
-    whole = check and info.start == 0 and info.nbytes == storage.nbytes
-    return ReadJob(storage.offset + info.start, byte_view(tensor), name, storage.crc if whole else None)
+    whole = check and info.start == 0 and nbytes == storage.nbytes
+    crc = storage.crc if whole else None
+    return ReadJob(storage.offset + info.start, nbytes, tensor.data_ptr(), name, crc)
 
 
 def _goes_straight(tensor: torch.Tensor, info: TensorInfo) -> bool:
     """The tensor's memory is to hold the very bytes that are stored."""
     return (
         FROM_TORCH.get(tensor.dtype) == info.dtype
-        and tuple(tensor.shape) == info.shape
+        and tensor.shape == info.shape
         and tensor.is_cpu
-        and type(tensor.data) is torch.Tensor
+        and (type(tensor) in PLAIN or type(tensor.data) is torch.Tensor)
         and _plain_bytes(info)
         and not (tensor.is_conj() or tensor.is_neg())
         and is_dense(info.shape, info.stride)
-        and _same_order(tuple(tensor.stride()), info)
+        and ((info.contiguous and tensor.is_contiguous()) or _same_order(tensor.stride(), info))
     )
 
 

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from anycard.names.paths import join
 from anycard.tensors import TensorInfo
-from anycard.torch.dtypes import TO_TORCH
+from anycard.torch.dtypes import PLAIN, TO_TORCH
 from anycard.torch.modules import live_wrapper
 from anycard.torch.overrides import METADATA, short_name
 
@@ -46,17 +46,20 @@ def overrides_entry(module: nn.Module) -> bool:
 
 def loads_itself(module: nn.Module) -> bool:
     """The module does more on load than copy tensors by name."""
-    kind = type(module)
     if live_wrapper(module) is not None:
         return False
-    if kind._load_from_state_dict not in KNOWN:
+    if _class_loads_itself(type(module)) or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
         return True
-    if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
-        return True
-    if kind.set_extra_state is not nn.Module.set_extra_state:
-        return True
-    held = (*module._parameters.values(), *module._buffers.values())
-    return any(t is not None and type(t) not in (torch.Tensor, nn.Parameter) for t in held)
+    for held in (module._parameters, module._buffers):
+        for tensor in held.values():
+            if type(tensor) not in PLAIN and tensor is not None:
+                return True
+    return False
+
+
+def _class_loads_itself(kind: type[nn.Module]) -> bool:
+    own_extra_state = kind.set_extra_state is not nn.Module.set_extra_state
+    return own_extra_state or kind._load_from_state_dict not in KNOWN
 
 
 @dataclass

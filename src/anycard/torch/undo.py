@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+import ctypes
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from anycard.errors import CheckpointError
+from anycard.torch.dtypes import is_plain
+
+
+def _copied(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The bytes of contiguous CPU tensors, one after the other: a copy of each by itself takes far longer."""
+    memory = torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8, device="cpu")
+    address = memory.data_ptr()
+    for tensor in tensors:
+        nbytes = tensor.nbytes
+        ctypes.memmove(address, tensor.data_ptr(), nbytes)
+        address += nbytes
+    return memory
 
 
 class Undo:
@@ -31,12 +44,23 @@ class Undo:
 
     def keep_bytes(self, tensors: Iterable[torch.Tensor]) -> None:
         """Copy the values of tensors that are about to be written."""
-        kept = [(t, t.detach().clone()) for t in tensors if not (is_lazy(t) or t.is_meta)]
+        plain: list[torch.Tensor] = []
+        kept = []
+        for tensor in tensors:
+            if is_plain(tensor) and tensor.is_cpu:
+                plain.append(tensor)
+            elif not (is_lazy(tensor) or tensor.is_meta):
+                kept.append((tensor, tensor.detach().clone()))
+        memory = _copied(plain)
 
         def back() -> None:
             with torch.no_grad():
                 for tensor, old in kept:
                     tensor.detach().copy_(old)
+            address = memory.data_ptr()
+            for tensor in plain:
+                ctypes.memmove(tensor.data_ptr(), address, tensor.nbytes)
+                address += tensor.nbytes
 
         self.then(back)
 

@@ -1,0 +1,135 @@
+"""A tensor's description read in one step is what the interpreter reads in thirty: the same object, the same memo."""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import re
+import zipfile
+from typing import Any
+
+import pytest
+import torch
+
+from anycard.errors import FormatError
+from anycard.limits import DEFAULT
+from anycard.pickles.budget import Budget
+from anycard.pickles.machine import Machine, guarded
+from anycard.pickles.stubs import Inert
+from anycard.pickles.views import StoredStorage
+from anycard.tensors import Storage, TensorInfo
+
+
+def pickle_of(obj: Any) -> bytes:
+    """The pickle in the file that torch.save makes."""
+    file = io.BytesIO()
+    torch.save(obj, file)
+    with zipfile.ZipFile(file) as archive:
+        return archive.read("archive/data.pkl")
+
+
+def read(data: bytes, *, shortcut: bool) -> tuple[Any, int]:
+    """The object as text that shows all of it, and how many steps the interpreter was spared."""
+    storages: dict[str, Storage] = {}
+
+    def load(pid: Any) -> StoredStorage:
+        key = pid[2]
+        return pid[1].of(storages.setdefault(key, Storage(key, 1 << 20)), pid[4])
+
+    machine = Machine(data, 0, load, Budget(DEFAULT, len(data)))
+    passed: list[int] = []
+    if shortcut:
+        assert machine.shortcut is not None
+        machine.shortcut.passed = passed
+    else:
+        machine.shortcut = None
+    tree, _ = guarded(machine, 0)
+    return shown(tree), len(passed)
+
+
+def shown(value: Any) -> Any:
+    """All that an inert object holds, by value."""
+    if isinstance(value, TensorInfo):
+        return ("tensor", value.dtype, value.shape, value.stride, value.start, value.storage.key, value.requires_grad)
+    if isinstance(value, StoredStorage):
+        return ("storage", value.numel, value.start, None if value.storage is None else value.storage.key)
+    if isinstance(value, Inert):
+        return ("inert", value.path, shown(value.args), shown(value.state))
+    if isinstance(value, dict):
+        return [type(value).__name__, *((shown(k), shown(v)) for k, v in value.items()), shown(vars(value))] if hasattr(
+            value, "__dict__") else {shown(k): shown(v) for k, v in value.items()}  # fmt: skip
+    if isinstance(value, (list, tuple)):
+        return [type(value).__name__, *map(shown, value)]
+    return value if not isinstance(value, type) else ("class", value.__name__)
+
+
+def state(count: int = 40) -> dict[str, torch.Tensor]:
+    shapes = [(), (3,), (2, 3), (2, 3, 4), (2, 1, 3, 2), (300, 2), (0, 5), (1, 1, 1, 1, 2)]
+    held = {f"layer{i}.weight": torch.zeros(shapes[i % len(shapes)]) for i in range(count)}
+    held["half"] = torch.zeros(4, dtype=torch.float16)
+    held["half again"] = torch.zeros(4, 3, dtype=torch.float16).t()
+    held["tied"] = held["layer3.weight"]
+    held["a part"] = held["layer5.weight"][7:9]
+    held["grad"] = torch.zeros(2, requires_grad=True)
+    return held
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda held: {"model": held, "again": list(held.values()), "epoch": 3}])
+def test_the_same_tree(wrap: Any) -> None:
+    data = pickle_of(wrap(state()))
+    fast, passed = read(data, shortcut=True)
+    assert fast == read(data, shortcut=False)[0]
+    assert passed > 30
+
+
+def test_what_was_passed_by_is_in_the_memo() -> None:
+    data = pickle_of(state(12))
+    puts = [arg for op, arg, _ in pickletools.genops(data) if op.name in ("BINPUT", "LONG_BINPUT")]
+    assert data[-2:] == b"u."
+    for index in puts[1:]:  # the first is the dict itself
+        asked = data[:-2] + b"X\3\0\0\0ask" + b"h" + bytes([index]) + b"u."
+        assert read(asked, shortcut=True)[0] == read(asked, shortcut=False)[0]
+
+
+def test_memoize_counts_what_was_passed_by() -> None:
+    data = pickle_of(state(12))
+    last = max(arg for op, arg, _ in pickletools.genops(data) if op.name == "BINPUT")
+    asked = data[:-2] + b"X\3\0\0\0ask" + b"X\3\0\0\0new\x94" + b"h" + bytes([last + 1]) + b"X\1\0\0\0zu."
+    asked = asked.replace(b"X\1\0\0\0zu.", b"0u.")
+    assert read(asked, shortcut=True)[0] == read(asked, shortcut=False)[0]
+
+
+def test_a_place_of_the_memo_that_is_relied_on_is_not_written_again() -> None:
+    data = pickle_of(state(6))
+    location = re.search(rb"X\x03\0\0\0cpuq(.)", data, re.DOTALL)
+    assert location is not None
+    lie = data[:-2] + b"X\3\0\0\0lieq" + location[1] + b"0X\1\0\0\0aNu."
+    with pytest.raises(FormatError, match="twice"):
+        read(lie, shortcut=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (rb"X\x01\0\0\0\dq", b"X\x02\0\0\0*q"),  # a key that is longer than it says
+        (rb"K\x02K\x03\x86", b"K\x02K\x03\x87"),  # three sizes of which two are there
+        (rb"K\x03\x85", b"K\x03\x86"),
+        (rb"K\x02K\x03\x86", b"J\xff\xff\xff\xffK\x03\x86"),  # a negative size
+        (rb"QK\0", b"QJ\xff\xff\xff\xff"),  # a negative offset
+        (rb"QK\0", b"QJ\xff\xff\xff\x7f"),  # an offset beyond the storage
+        (rb"\x89h.\)R", b"\x89h\x01)R"),  # hooks that are no OrderedDict
+    ],
+)
+def test_a_lie_ends_as_it_does_without(old: bytes, new: bytes) -> None:
+    data = pickle_of(state(24))
+    found = list(re.finditer(old, data, re.DOTALL))
+    assert found
+    place = found[-1]
+    lie = data[: place.start()] + new.replace(b"*", place[0][5:6]) + data[place.end() :]
+    outcomes = []
+    for shortcut in (True, False):
+        try:
+            outcomes.append(read(lie, shortcut=shortcut)[0])
+        except FormatError as error:
+            outcomes.append(type(error))
+    assert outcomes[0] == outcomes[1]
