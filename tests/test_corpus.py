@@ -179,7 +179,10 @@ def show(path):
 
 current = None
 events, opened = [], set()
-HARMLESS = {"ctypes.cdata", "ctypes.cdata/buffer", "object.__getattr__", "object.__setattr__", "sys._getframe", "builtins.id", "array.__new__"}
+HARMLESS = {
+    "ctypes.cdata", "ctypes.cdata/buffer", "ctypes.addressof", "object.__getattr__", "object.__setattr__",
+    "sys._getframe", "builtins.id", "array.__new__",
+}  # fmt: skip
 
 def hook(event, args):
     if current is None or event in HARMLESS:
