@@ -71,7 +71,7 @@ def run_reads(
             Targets already filled keep their new bytes: the caller owns the way back.
         OSError: The disk failed; passed on as it came.
     """
-    batches = list(_batches(sorted(jobs), limits))
+    batches = list(_batches(sorted(job for job in jobs if job.nbytes), limits))
     sums: dict[ReadJob, list[tuple[int, int, int]]] = {}
     _in_threads(source, batches, sums, done or (lambda nbytes: None), limits)
     for job, parts in sums.items():

@@ -103,7 +103,7 @@ def holds_weights(obj: object) -> bool:
     """numpy arrays in it are weights, as in a state dict of arrays: it is a dict of nothing but arrays and tensors."""
     if not isinstance(obj, Mapping):
         return False
-    return all(isinstance(value, TensorInfo) or name.endswith("_extra_state") for name, value in items(obj))
+    return all(type(value) is TensorInfo or str(name).endswith("_extra_state") for name, value in obj.items())
 
 
 def items(mapping: object) -> Iterator[tuple[str, object]]:

@@ -90,7 +90,7 @@ def _overlapping(fills: _Fills) -> list[_Fills]:
     extents = []
     for index, (target, _) in enumerate(fills):
         tensor = target.tensor
-        if tensor.layout is torch.strided and not tensor.is_meta and not is_lazy(tensor) and tensor.numel():
+        if not is_lazy(tensor) and tensor.layout is torch.strided and tensor.data_ptr():
             extents.append((*_extent(tensor), index))
     groups: list[list[int]] = []
     reach = -1

@@ -72,7 +72,20 @@ def load(
         ChoiceError: Several state dicts could be meant.
     """
     options = _options(device, dtype, strict, key, rename, only)
-    with uncollected(), open_checkpoint(path, member=member) as ckpt:
+    with uncollected():  # what a load makes beside the model is gone before the collector looks again
+        return _load(path, member, model, options, allow, verify, progress)
+
+
+def _load(
+    path: Path,
+    member: str | None,
+    model: Any,
+    options: Options,
+    allow: str | Sequence[str],
+    verify: bool | None,
+    progress: Progress,
+) -> Any:
+    with open_checkpoint(path, member=member) as ckpt:
         if verify:
             _verify(ckpt)
         if model is None:

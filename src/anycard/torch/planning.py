@@ -280,6 +280,8 @@ class _Planner:
     def _ties(self) -> None:
         """One fill for each tensor; a name tied to a filled one is not missing."""
         self.plan.pairs = {t.name: self._stored_name(t.name) for t, _ in self.work.fills}
+        if len({id(target.tensor) for target, _ in self.work.fills}) == len(self.work.fills) and not self.missing:
+            return
         groups: dict[int, list[tuple[Target, TensorInfo]]] = {}
         for target, info in self.work.fills:
             groups.setdefault(id(target.tensor), []).append((target, info))
@@ -303,11 +305,13 @@ class _Planner:
             outside = [] if self._lightning() else self.work.match.outside
             self.plan.unexpected = (*(n for n in left if n not in hidden), *outside)
         self.plan.missing = tuple(dict.fromkeys(self.missing))
-        called = {id(m) for loader in self.work.called for m in loader.module.modules()}
-        filled = {id(target.tensor) for target, _ in self.work.fills}
-        counters = {id(target.tensor) for target in self.work.counters}
-        bare = [held for held in on_meta(self.walked) if id(held[2]) not in called]
-        self.plan.unfillable = tuple(name for name, tensor, _ in bare if id(tensor) not in filled | counters)
+        if bare := on_meta(self.walked):
+            called = {id(m) for loader in self.work.called for m in loader.module.modules()}
+            filled = {id(target.tensor) for target, _ in self.work.fills}
+            filled |= {id(target.tensor) for target in self.work.counters}
+            self.plan.unfillable = tuple(
+                name for name, tensor, module in bare if id(module) not in called and id(tensor) not in filled
+            )
 
     def _lightning(self) -> bool:
         """What a Lightning module holds beside the model (metrics, losses) is no reason to refuse."""

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
+from anycard.disk.source import Source
 from anycard.disk.transfer import ReadJob, run_reads
 from anycard.errors import FormatError, naming
 from anycard.limits import DEFAULT, Limits
@@ -40,30 +41,33 @@ def fill_tensors(
     Raises:
         FormatError: Cut short or damaged; names the tensor. What was filled before stays filled.
     """
-    direct: dict[int, list[Fill]] = {}
-    staged = []
-    for fill in fills:
-        if _goes_straight(fill.tensor, fill.info):
-            direct.setdefault(id(fill.info.storage.source), []).append(fill)
-        else:
-            staged.append(fill)
-    for group in direct.values():
-        _fill_directly(group, done, check, limits)
+    straight = [fill for fill in fills if _goes_straight(fill.tensor, fill.info)]
+    _fill_directly(straight, done, check, limits)
+    if len(straight) == len(fills):
+        return
+    done_already = set(map(id, straight))
     with torch.no_grad():
-        for tensor, info, name in staged:
-            tensor.detach().copy_(read_tensor(info, name, limits=limits).reshape(tensor.shape))
-            if done is not None:
-                done(info.nbytes)
+        for fill in fills:
+            if id(fill) not in done_already:
+                tensor, info, name = fill
+                tensor.detach().copy_(read_tensor(info, name, limits=limits).reshape(tensor.shape))
+                if done is not None:
+                    done(info.nbytes)
 
 
-def _fill_directly(group: Sequence[Fill], done: Callable[[int], None] | None, check: bool, limits: Limits) -> None:
-    source = group[0].info.storage.source
-    assert source is not None
-    jobs = [_job(fill, check) for fill in group if fill.info.nbytes]
+def _fill_directly(fills: Sequence[Fill], done: Callable[[int], None] | None, check: bool, limits: Limits) -> None:
+    jobs: dict[Source, list[ReadJob]] = {}
+    for fill in fills:
+        source = fill.info.storage.source
+        assert source is not None
+        if source not in jobs:
+            jobs[source] = []
+        jobs[source].append(_job(fill, check))
     try:
-        run_reads(source, jobs, done, limits=limits)
+        for source, group in jobs.items():
+            run_reads(source, group, done, limits=limits)
     finally:  # writing by address is nothing that autograd sees
-        torch.autograd.graph.increment_version([fill.tensor for fill in group if not fill.tensor.is_inference()])
+        torch.autograd.graph.increment_version([fill.tensor for fill in fills if not fill.tensor.is_inference()])
 
 
 def _job(fill: Fill, check: bool) -> ReadJob:
