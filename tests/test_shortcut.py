@@ -6,11 +6,13 @@ import io
 import pickletools
 import re
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import anycard
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT
 from anycard.pickles.budget import Budget
@@ -72,6 +74,15 @@ def state(count: int = 40) -> dict[str, torch.Tensor]:
     held["a part"] = held["layer5.weight"][7:9]
     held["grad"] = torch.zeros(2, requires_grad=True)
     return held
+
+
+def test_files_of_ours_which_name_each_shape_once(tmp_path: Path) -> None:
+    anycard.save(state(), tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        data = archive.read("archive/data.pkl")
+    fast, passed = read(data, shortcut=True)
+    assert fast == read(data, shortcut=False)[0]
+    assert passed > 30
 
 
 @pytest.mark.parametrize("wrap", [dict, lambda held: {"model": held, "again": list(held.values()), "epoch": 3}])

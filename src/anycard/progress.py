@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,12 +18,13 @@ def counting(progress: Progress, total: int) -> Iterator[Callable[[int], None]]:
         with _bar(total) as advance:
             yield advance
     else:
-        done = 0
+        done, lock = 0, threading.Lock()
 
         def report(nbytes: int) -> None:
             nonlocal done
-            done += nbytes
-            progress(done, total)
+            with lock:  # pieces are written by several threads
+                done += nbytes
+                progress(done, total)
 
         yield report
 

@@ -13,6 +13,7 @@ from typing import BinaryIO
 from zlib_ng import zlib_ng
 
 from anycard.disk.pieces import Piece
+from anycard.disk.placing import Placed, run_writes
 from anycard.errors import CheckpointError
 from anycard.limits import Limits
 
@@ -53,13 +54,29 @@ def write_zip(file: BinaryIO, records: Sequence[tuple[str, Piece]], limits: Limi
     Raises:
         CheckpointError: A name is there twice or too long, or a piece gave other bytes than planned.
     """
-    base = file.tell()
     planned, directory = _plan(records)
-    for record in planned:
-        _write_record(file, base, record, limits)
-    entries = b"".join(map(_central, planned))
-    file.write(entries)
-    file.write(_end(len(planned), directory, len(entries)))
+    entries = sum(len(_central(record)) for record in planned)
+    total = directory + entries + len(_end(len(planned), directory, entries))
+    placed = [Placed(record.data, record.piece, record.name.decode()) for record in planned]
+
+    def header(index: int, crc: _Crc) -> bytes:
+        planned[index].crc = crc.value
+        return _header(planned[index])
+
+    base = file.tell()
+    run_writes(file, placed, _Crc, limits, total=total, before=header)
+    file.seek(base + directory)
+    file.write(b"".join(map(_central, planned)) + _end(len(planned), directory, entries))
+
+
+class _Crc:
+    """CRC-32 of what it was given."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def update(self, data: memoryview) -> None:
+        self.value = zlib_ng.crc32(data, self.value)
 
 
 def _plan(records: Sequence[tuple[str, Piece]]) -> tuple[list[_Record], int]:
@@ -75,29 +92,6 @@ def _plan(records: Sequence[tuple[str, Piece]]) -> tuple[list[_Record], int]:
         planned.append(record)
         at = record.data + record.size
     return planned, at
-
-
-def _write_record(file: BinaryIO, base: int, record: _Record, limits: Limits) -> None:
-    """Small records are summed first and written in one go; of others the header is patched after."""
-    small = record.size <= limits.chunk_nbytes
-    if not small:
-        file.write(_header(record))
-    done = 0
-    for chunk in record.piece.chunks(limits.chunk_nbytes):
-        record.crc = zlib_ng.crc32(chunk, record.crc)
-        done += len(chunk)
-        if small and done == record.size:
-            file.write(_header(record))
-        file.write(chunk)
-    if done != record.size:
-        name = record.name.decode()
-        raise CheckpointError(f"{name}: {record.size:,} bytes were planned, {done:,} came", name=name)
-    if small and done == 0:
-        file.write(_header(record))
-    if not small:
-        file.seek(base + record.offset + 14)
-        file.write(struct.pack("<I", record.crc))
-        file.seek(base + record.data + record.size)
 
 
 def _wide_local(size: int) -> bytes:

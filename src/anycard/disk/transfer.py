@@ -13,6 +13,7 @@ from typing import NamedTuple
 from zlib_ng import zlib_ng
 
 from anycard.disk.source import Source
+from anycard.disk.threads import in_threads
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT, Limits
 
@@ -71,9 +72,16 @@ def run_reads(
             Targets already filled keep their new bytes: the caller owns the way back.
         OSError: The disk failed; passed on as it came.
     """
-    batches = list(_batches(sorted(job for job in jobs if job.nbytes), limits))
     sums: dict[ReadJob, list[tuple[int, int, int]]] = {}
-    _in_threads(source, batches, sums, done or (lambda nbytes: None), limits)
+    lock = threading.Lock()
+
+    def work(batch: _Batch) -> None:
+        nbytes = _run(source, batch, sums)
+        if done is not None:
+            with lock:
+                done(nbytes)
+
+    in_threads(list(_batches(sorted(job for job in jobs if job.nbytes), limits)), work, limits.threads)
     for job, parts in sums.items():
         _check_parts(job, parts)
 
@@ -126,42 +134,6 @@ def _read_group(source: Source, batch: _Batch) -> int:
         ctypes.memmove(address, base + at, nbytes)
         total += nbytes
     return total
-
-
-def _in_threads(
-    source: Source,
-    batches: Sequence[_Batch],
-    sums: dict[ReadJob, list[tuple[int, int, int]]],
-    done: Callable[[int], None],
-    limits: Limits,
-) -> None:
-    todo = iter(batches)
-    lock = threading.Lock()
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            while not errors:
-                with lock:
-                    batch = next(todo, None)
-                if batch is None:
-                    return
-                nbytes = _run(source, batch, sums)
-                with lock:
-                    done(nbytes)
-        except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
-            errors.append(error)
-
-    helpers = [threading.Thread(target=work) for _ in range(min(limits.threads, len(batches)) - 1)]
-    for helper in helpers:
-        helper.start()
-    try:
-        work()
-    finally:
-        for helper in helpers:
-            helper.join()
-    if errors:
-        raise errors[0]
 
 
 def _check_parts(job: ReadJob, parts: list[tuple[int, int, int]]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from blake3 import blake3
 
 from anycard.disk.pieces import Piece
+from anycard.disk.placing import Placed, run_writes
 from anycard.disk.source import Source
 from anycard.errors import CheckpointError, FormatError
 from anycard.formats.index import Index
@@ -134,18 +135,23 @@ def write_safetensors(
     Raises:
         CheckpointError: Something that safetensors cannot hold; names the tensor.
     """
-    base = file.tell()
     _check(tensors, ties or {})
     ordered = sorted(tensors, key=lambda row: -DTYPES[row[1]].itemsize)
     header = _head(ordered, {**metadata, "format": "pt", FINGERPRINT: _PLACE})
-    file.write(header)
-    digests = {row[0]: (row[1], row[2], _write_data(file, row[0], row[3], limits)) for row in ordered}
-    kept = {**{name: name for name in digests}, **(ties or {})}
-    lines = {name: tensor_line(name, *digests[of]) for name, of in kept.items()}
+    at = len(header)
+    placed = []
+    for name, _, _, piece in ordered:
+        placed.append(Placed(at, piece, name))
+        at += piece.nbytes
+    base = file.tell()
+    digests = run_writes(file, placed, blake3, limits, total=at)
+    told = {row[0]: (row[1], row[2], digest.hexdigest()) for row, digest in zip(ordered, digests, strict=True)}
+    kept = {**{name: name for name in told}, **(ties or {})}
+    lines = {name: tensor_line(name, *told[of]) for name, of in kept.items()}
     key = f'"{FINGERPRINT}":"'.encode()
-    file.seek(base + header.index(key + _PLACE.encode()) + len(key))
-    file.write(fingerprint(lines).encode())
-    file.seek(0, 2)
+    file.seek(base)
+    file.write(header.replace(key + _PLACE.encode(), key + fingerprint(lines).encode(), 1))
+    file.seek(base + at)
 
 
 def _check(tensors: Sequence[tuple[str, str, tuple[int, ...], Piece]], ties: dict[str, str]) -> None:
@@ -160,19 +166,6 @@ def _check(tensors: Sequence[tuple[str, str, tuple[int, ...], Piece]], ties: dic
             raise CheckpointError(f"{name}: safetensors has no {dtype}; save as .pt or .pth", name=name)
         if piece.nbytes != math.prod(shape) * row.itemsize:
             raise CheckpointError(f"{name}: {dtype}, {list(shape)} does not have {piece.nbytes:,} bytes", name=name)
-
-
-def _write_data(file: BinaryIO, name: str, piece: Piece, limits: Limits) -> str:
-    """Write a tensor's bytes; their BLAKE3 in hex."""
-    digest = blake3(max_threads=limits.threads)
-    done = 0
-    for chunk in piece.chunks(limits.chunk_nbytes):
-        digest.update(chunk)
-        file.write(chunk)
-        done += len(chunk)
-    if done != piece.nbytes:
-        raise CheckpointError(f"{name}: {piece.nbytes:,} bytes were planned, {done:,} came", name=name)
-    return digest.hexdigest()
 
 
 def _head(tensors: Sequence[tuple[str, str, tuple[int, ...], Piece]], metadata: dict[str, str]) -> bytes:

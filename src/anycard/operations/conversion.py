@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
+from anycard.collection import uncollected
 from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Piece, counted
 from anycard.errors import CheckpointError, ChoiceError, FormatError, naming
@@ -65,7 +66,7 @@ def convert(
         ValueError: The suffix of `dst` says no format.
     """
     kind = format_for(os.fspath(dst))
-    with open_checkpoint(src, member=member) as ckpt, naming(os.fspath(src)):
+    with uncollected(), open_checkpoint(src, member=member) as ckpt, naming(os.fspath(src)):
         if ckpt.format == "safetensors" and (damaged := verify_checkpoint(ckpt).damaged):
             raise FormatError(f"{damaged[0]} or another tensor is damaged: the fingerprint does not match")
         if kind == "safetensors":

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def _pattern(put: bytes) -> re.Pattern[bytes]:
     """The arguments of `_rebuild_tensor_v2` and the call, with what is to stand for its puts into the memo."""
     parts = {b"number": rb"(?:K.|M..|J....)", b"get": rb"(?:h.|j....)", b"put": put}
-    sizes = rb"(\)|%(number)s\x85|%(number)s{2}\x86|%(number)s{3}\x87|\(%(number)s{4,8}t)(?:(?<=\))|%(put)s)"
+    new = rb"(%(number)s\x85|%(number)s{2}\x86|%(number)s{3}\x87|\(%(number)s{4,8}t)(q.|r....)"
+    sizes = rb"(?:(\)|%(get)s)|" + new + rb")"
     storage = rb"\((%(get)s%(get)s)X(.)\0\0\0([0-9]{1,20})%(put)s(%(get)s)(%(number)s)(N?)t%(put)sQ"
     rest = rb"(%(number)s)" + sizes + sizes + rb"([\x88\x89])(%(get)s)\)R%(put)st(?:%(put)s)?R(q.|r....)"
     return re.compile((rb"\(" + storage + rest) % parts, re.DOTALL)
@@ -41,7 +42,7 @@ class Shortcut:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._known: dict[tuple[bytes, bytes, bytes], tuple[type[StoredStorage], str, int] | None] = {}
+        self._known: dict[tuple[bytes, bytes, bytes], tuple[type[StoredStorage], str, int]] = {}
         self._numbers: dict[bytes, int] = {}
         self._shapes: dict[tuple[bytes, bytes], _Shape] = {}
         self.passed: list[int] = []
@@ -52,24 +53,56 @@ class Shortcut:
         found = _TENSOR.match(m.data, m.pos)
         if found is None:
             return None
-        kind, size, key, place, numel, none, offset, shape, stride, grad, hooks, put = found.groups()
+        kind, size, key, place, numel, none, offset, *sizes, grad, hooks, put = found.groups()
         known = self._known.get((kind, place, hooks)) or self._recognised((kind, place, hooks))
         if known is None or size[0] != len(key):
             return None
         cls, location, itemsize = known
         pid = ("storage", cls, key.decode(), location, self._number(numel))
         stored = m.persistent_load((*pid, None) if none else pid)
-        sizes, steps, span = self._shapes.get((shape, stride)) or self._shape((shape, stride))
+        shaped = self._sizes(*sizes)
+        if shaped is None:
+            return None
+        shape, stride, span = shaped
         start = stored.start + self._number(offset) * itemsize
         storage = stored.storage
         if storage is None or start < stored.start or (span and start + span * itemsize > storage.nbytes):
             return None
-        made = TensorInfo(str(cls.dtype), sizes, storage, stride=steps, start=start, requires_grad=grad == b"\x88")
+        made = TensorInfo(str(cls.dtype), shape, storage, stride=stride, start=start, requires_grad=grad == b"\x88")
         m.budget.spend(8)
         m.memo[_index(put)] = made
         self.passed.append(m.pos)
         m.pos = found.end()
         return made
+
+    def _sizes(
+        self, held: bytes | None, new: bytes | None, put: bytes | None,
+        held_steps: bytes | None, new_steps: bytes | None, put_steps: bytes | None,
+    ) -> _Shape | None:  # fmt: skip
+        """Sizes and strides, spelt out or by their places in the memo, and the elements that they span.
+
+        Later tensors refer to them, so they go into the memo at once.
+        """
+        raw = (held or new or b"", held_steps or new_steps or b"")
+        found = self._shapes.get(raw)
+        if found is None:
+            budget, told = self._machine.budget, (self._tuple(raw[0]), self._tuple(raw[1]))
+            if not (isinstance(told[0], tuple) and isinstance(told[1], tuple)):  # a list may change
+                return None
+            shape, stride = ints(budget, told[0], "shape"), ints(budget, told[1], "stride")
+            sized(shape, stride)
+            found = self._shapes[raw] = (shape, stride, span_numel(shape, stride))
+        if put is not None:
+            self._machine.memo[_index(put)] = found[0]
+        if put_steps is not None:
+            self._machine.memo[_index(put_steps)] = found[1]
+        return found
+
+    def _tuple(self, raw: bytes) -> Any:
+        if raw[:1] in b"hj":
+            self._machine.pinned.add(_index(raw))
+            return self._machine.memo.get(_index(raw))
+        return tuple(self._number(number) for number in _TOKEN.findall(raw, raw[:1] == b"(", len(raw) - 1))
 
     def settle(self) -> None:
         """Put what the interpreter would have put into the memo on its way through the tensors passed.
@@ -88,31 +121,21 @@ class Shortcut:
 
     def _values(self, found: re.Match[bytes]) -> list[tuple[bytes | None, Any]]:
         kind, _, key, put_key, place, numel, none, put_pid, offset, *rest = found.groups()
-        shape, put_shape, stride, put_stride, grad, hooks, put_hooks, put_args, *_ = rest
-        cls, location, _ = self._known[kind, place, hooks] or (StoredStorage, "", 1)
-        sizes, steps, _ = self._shapes[shape, stride]
+        *sizes, grad, hooks, put_hooks, put_args, _ = rest
+        cls, location, _ = self._known[kind, place, hooks]
+        shape, stride, _ = self._sizes(*sizes) or ((), (), 0)
         name = key.decode()
         pid = ("storage", cls, name, location, self._number(numel), *((None,) if none else ()))
         after: OrderedDict[Any, Any] = OrderedDict()
         stored = self._machine.persistent_load(pid)
-        args = (stored, self._number(offset), sizes, steps, grad == b"\x88", after)
-        puts = (put_key, put_pid, put_shape, put_stride, put_hooks, put_args)
-        return list(zip(puts, (name, pid, sizes, steps, after, args), strict=True))
+        args = (stored, self._number(offset), shape, stride, grad == b"\x88", after)
+        return list(zip((put_key, put_pid, put_hooks, put_args), (name, pid, after, args), strict=True))
 
     def _number(self, raw: bytes) -> int:
         value = self._numbers.get(raw)
         if value is None:
             value = self._numbers[raw] = int.from_bytes(raw[1:], "little", signed=raw[:1] == b"J")
         return value
-
-    def _shape(self, raw: tuple[bytes, bytes]) -> _Shape:
-        """Sizes, strides, and the elements that they span."""
-        budget = self._machine.budget
-        shape = ints(budget, [self._number(n) for n in _numbers(raw[0])], "shape")
-        stride = ints(budget, [self._number(n) for n in _numbers(raw[1])], "stride")
-        sized(shape, stride)
-        found = self._shapes[raw] = (shape, stride, span_numel(shape, stride))
-        return found
 
     def _recognised(self, raw: tuple[bytes, bytes, bytes]) -> tuple[type[StoredStorage], str, int] | None:
         """What the memo's entries are that a tensor refers to, where they are what torch has there."""
@@ -133,8 +156,3 @@ class Shortcut:
 def _index(raw: bytes) -> int:
     """The memo's place in a get or put, of one byte or four."""
     return raw[1] if len(raw) == 2 else int.from_bytes(raw[1:], "little")
-
-
-def _numbers(raw: bytes) -> list[bytes]:
-    """The numbers of a tuple, without what makes them one."""
-    return _TOKEN.findall(raw, raw[:1] == b"(", len(raw) - 1)

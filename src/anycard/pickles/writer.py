@@ -85,6 +85,9 @@ class TorchPickler(_Pickler):
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, PROTOCOL)
         self._by_value: dict[Any, Any] = {}
+        self._texts: dict[str, str] = {}
+        self._gets: dict[Any, bytes] = {}
+        self._storages: dict[tuple[str, str, str, int], tuple[Any, ...]] = {}
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         """Write one object; equal immutable ones become one object, whichever they were."""
@@ -96,6 +99,8 @@ class TorchPickler(_Pickler):
             super().save(obj, save_persistent_id)
 
     def _canonical(self, obj: Any) -> Any:
+        if type(obj) is str:
+            return self._texts.setdefault(obj, obj)
         key = _value_key(obj)
         return obj if key is None else self._by_value.setdefault(key, obj)
 
@@ -154,15 +159,21 @@ class TorchPickler(_Pickler):
     def _tensor(self, ref: TensorRef) -> None:
         if ref.parameter:
             data = replace(ref, requires_grad=False, parameter=False)
-            rebuild, args = "_rebuild_parameter", (data, ref.requires_grad, _no_hooks())
+            no_hooks: OrderedDict[str, Any] = OrderedDict()
+            rebuild, args = "_rebuild_parameter", (data, ref.requires_grad, no_hooks)
             self.reduce(GlobalRef("torch._utils", rebuild), args, ref)
             return
         row = DTYPES[ref.dtype]
-        self.save(GlobalRef("torch._utils", "_rebuild_tensor_v2" if row.storage else "_rebuild_tensor_v3"))
+        self._again(_REBUILD if row.storage else _REBUILD_UNTYPED)
         self.write(pickle.MARK)
         self._storage(ref)
-        for part in (ref.storage_offset, ref.shape, ref.stride, ref.requires_grad, _no_hooks()):
-            self.save(part)
+        self.save(ref.storage_offset)
+        self._again(ref.shape)
+        self._again(ref.stride)
+        self.write(pickle.NEWTRUE if ref.requires_grad else pickle.NEWFALSE)
+        self._again(OrderedDict)
+        self.write(pickle.EMPTY_TUPLE + pickle.REDUCE)
+        self.memoize(OrderedDict())
         if not row.storage:
             self.save(GlobalRef("torch", ref.dtype))
         self.write(pickle.TUPLE + pickle.REDUCE)
@@ -170,22 +181,44 @@ class TorchPickler(_Pickler):
 
     def _storage(self, ref: TensorRef) -> None:
         row = DTYPES[ref.dtype]
-        if row.storage:
-            kind, numel = GlobalRef("torch", row.storage), ref.storage_numel
-        else:
-            kind, numel = GlobalRef("torch.storage", "UntypedStorage"), ref.storage_numel * row.itemsize
-        self.save(("storage", kind, ref.storage_key, ref.device, numel))
+        spec = (ref.storage_key, ref.dtype, ref.device, ref.storage_numel)
+        known = self._storages.get(spec)
+        if known is not None:
+            self.write(self.get(self.memo[id(known)][0]) + pickle.BINPERSID)
+            return
+        self.write(pickle.MARK)
+        self._again("storage")
+        self._again(GlobalRef("torch", row.storage) if row.storage else _UNTYPED)
+        self.save(ref.storage_key)
+        self._again(ref.device)
+        self.save(ref.storage_numel if row.storage else ref.storage_numel * row.itemsize)
+        self.write(pickle.TUPLE)
+        self._storages[spec] = spec
+        self.memoize(spec)
         self.write(pickle.BINPERSID)
 
+    def _again(self, obj: Any) -> None:
+        """Write a text, name or shape that comes with every tensor: by its place in the memo, once it has one."""
+        get = self._gets.get(obj)
+        if get is not None:
+            self.write(get)
+            return
+        self.save(obj)
+        if obj != ():  # which has no place there
+            self._gets[obj] = self.get(self.memo[id(self._canonical(obj))][0])
 
-def _no_hooks() -> OrderedDict[str, Any]:
-    return OrderedDict()
+
+_REBUILD = GlobalRef("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_UNTYPED = GlobalRef("torch._utils", "_rebuild_tensor_v3")
+_UNTYPED = GlobalRef("torch.storage", "UntypedStorage")
 
 
 def _value_key(obj: Any) -> Any:
     """A key that two objects share where one may be written for the other; None where none may."""
     kind = type(obj)
-    if kind is str or kind is bytes or kind is GlobalRef:
+    if kind is TensorRef:
+        return None
+    if kind is bytes or kind is GlobalRef:
         return kind, obj
     if kind is tuple:
         keys = [_element_key(part) for part in obj]
@@ -199,7 +232,7 @@ def _element_key(obj: Any) -> Any:
         return kind, obj
     if kind is float or kind is complex:
         return kind, repr(obj)
-    return _value_key(obj)
+    return (kind, obj) if kind is str else _value_key(obj)
 
 
 def dump(obj: Any) -> bytes:

@@ -33,10 +33,10 @@ class _PutOff(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = short_name(func)
-        if (frame := _truncating()) is not None:
-            return self._truncate(frame, func, name, args, kwargs)
         if name in METADATA:
             return func(*args, **kwargs)
+        if (frame := _truncating()) is not None:
+            return self._truncate(frame, func, name, args, kwargs)
         if not args and "tensor" in kwargs:  # as torch.nn.init hands its own functions over
             args, kwargs = (kwargs["tensor"],), {k: v for k, v in kwargs.items() if k != "tensor"}
         if self._can_wait(func, name, args, kwargs):

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from anycard.collection import uncollected
 from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Lazy, Piece, counted
 from anycard.errors import CheckpointError
@@ -54,6 +55,11 @@ def save(obj: Any, path: Path, *, whole: bool = False, progress: Progress = None
         raise ValueError("safetensors holds tensors only: save a whole model as .pt, .pth or .pkl")
     if isinstance(obj, nn.Module):
         refuse_assigned_state_dict(obj)
+    with uncollected():
+        _save(obj, path, kind, whole, progress)
+
+
+def _save(obj: Any, path: Path, kind: str, whole: bool, progress: Progress) -> None:
     if kind == "safetensors":
         rows, metadata, ties = _for_safetensors(obj)
         with counting(progress, sum(row[3].nbytes for row in rows)) as done, _written(path) as file:
