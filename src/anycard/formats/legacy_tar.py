@@ -6,6 +6,7 @@ Source: torch/serialization.py `legacy_load`. Always little-endian.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from anycard.disk.source import Source
@@ -17,6 +18,7 @@ from anycard.pickles.machine import read_pickle
 from anycard.pickles.views import MOST_ELEMENTS, StoredStorage, ints, is_storage_class, view
 from anycard.tensors import DTYPES, Storage, TensorInfo
 
+_Read = Callable[..., tuple[Any, int]]
 _BLOCK = 512
 _MEMBERS = ("pickle", "storages", "tensors")
 _MOST_HEADERS = 64
@@ -31,8 +33,11 @@ def is_legacy_tar(source: Source) -> bool:
         return False
 
 
-def read_index(source: Source, limits: Limits) -> Index:
+def read_index(source: Source, limits: Limits, read: _Read = read_pickle) -> Index:
     """The index of a legacy tar.
+
+    Args:
+        read: Interprets each of its pickles, as `read_pickle` does.
 
     Raises:
         FormatError: Damaged or cut short.
@@ -42,10 +47,10 @@ def read_index(source: Source, limits: Limits) -> Index:
         if name not in members:
             raise FormatError(f"the file is a tar without the member {name!r}: no torch file", offset=0)
     known: dict[Any, Any] = {}
-    _read_storages(source, members["storages"], known, limits)
-    _read_tensors(_member(source, members["tensors"], limits), members["tensors"][0], known, limits)
+    _read_storages(source, members["storages"], known, limits, read)
+    _read_tensors(_member(source, members["tensors"], limits), members["tensors"][0], known, limits, read)
     data = _member(source, members["pickle"], limits)
-    tree, _ = read_pickle(data, persistent_load=_Known(known).load, limits=limits, base=members["pickle"][0])
+    tree, _ = read(data, persistent_load=_Known(known).load, limits=limits, base=members["pickle"][0])
     return Index("legacy tar", tree, source)
 
 
@@ -91,12 +96,12 @@ def _refuse(pid: Any) -> Any:
     raise FormatError("a persistent id where torch writes none")
 
 
-def _small_pickle(source: Source, at: int, end: int, limits: Limits) -> tuple[Any, int]:
+def _small_pickle(source: Source, at: int, end: int, limits: Limits, read: _Read) -> tuple[Any, int]:
     """A pickle among raw bytes, and where it ends."""
     size = min(_FIRST, end - at)
     while True:
         try:
-            value, taken = read_pickle(source.read(at, size), persistent_load=_refuse, limits=limits, base=at)
+            value, taken = read(source.read(at, size), persistent_load=_refuse, limits=limits, base=at)
             return value, at + taken
         except FormatError as error:
             most = min(end - at, limits.index_nbytes)
@@ -105,12 +110,12 @@ def _small_pickle(source: Source, at: int, end: int, limits: Limits) -> tuple[An
             size = min(size * 16, most)
 
 
-def _read_storages(source: Source, place: tuple[int, int], known: dict[Any, Any], limits: Limits) -> None:
+def _read_storages(source: Source, place: tuple[int, int], known: dict[Any, Any], limits: Limits, read: _Read) -> None:
     """A count, then for each: (key, location, class), an int64 of elements, the elements; then the views."""
     at, end = place[0], sum(place)
-    count, at = _small_pickle(source, at, end, limits)
+    count, at = _small_pickle(source, at, end, limits, read)
     for _ in range(_count(count, at)):
-        held, at = _small_pickle(source, at, end, limits)
+        held, at = _small_pickle(source, at, end, limits, read)
         key, location, kind = _three(held, at)
         if not is_storage_class(kind) or kind.dtype is None or not isinstance(location, str):
             raise FormatError("a storage that torch does not write", offset=at)
@@ -123,7 +128,7 @@ def _read_storages(source: Source, place: tuple[int, int], known: dict[Any, Any]
         storage = Storage(str(key), nbytes, location, source, at)
         _keep(known, key, kind.of(storage, nbytes // DTYPES[kind.dtype].itemsize), at)
         at += nbytes
-    views, at = _small_pickle(source, at, end, limits)
+    views, at = _small_pickle(source, at, end, limits, read)
     for held in views if isinstance(views, (list, tuple)) else ():
         _view(held, known, at)
 
@@ -145,12 +150,12 @@ def _view(held: Any, known: dict[Any, Any], at: int) -> None:
     _keep(known, key, kind.of(root.storage, numel, root.start + first * size), at)
 
 
-def _read_tensors(data: bytes, base: int, known: dict[Any, Any], limits: Limits) -> None:
+def _read_tensors(data: bytes, base: int, known: dict[Any, Any], limits: Limits, read: _Read) -> None:
     """A count, then for each: (key, storage, class), int32 dimensions and 4 bytes, int64 sizes, strides, offset."""
     budget = Budget(limits, len(data))
-    count, at = read_pickle(data, persistent_load=_refuse, limits=limits, base=base, budget=budget)
+    count, at = read(data, persistent_load=_refuse, limits=limits, base=base, budget=budget)
     for _ in range(_count(count, base + at)):
-        held, at = read_pickle(data, persistent_load=_refuse, limits=limits, start=at, base=base, budget=budget)
+        held, at = read(data, persistent_load=_refuse, limits=limits, start=at, base=base, budget=budget)
         key, storage_key, _ = _three(held, base + at)
         rank = int.from_bytes(data[at : at + 4], "little")
         end = at + 8 + 16 * rank + 8

@@ -7,22 +7,32 @@ import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from anycard.containers.inflated import record_bytes
 from anycard.containers.streams import inflated, kind_of
 from anycard.containers.zip_directory import Record as ZipRecord
 from anycard.containers.zip_directory import read_directory
+from anycard.containers.zip_salvage import salvage
 from anycard.disk.source import Source, StreamSource, WindowSource, open_source
 from anycard.errors import FormatError
+from anycard.formats.legacy_tar import is_legacy_tar
+from anycard.formats.legacy_tar import read_index as read_legacy_tar
 from anycard.formats.plain_pickle import budget_of
 from anycard.limits import DEFAULT, Limits
-from anycard.pickles.judging import CLEAN, RUNS, UNKNOWN, judge
+from anycard.operations.archived_code import SETS_STATE, Archive, Context
+from anycard.pickles.budget import Budget
+from anycard.pickles.judging import CLEAN, INERT, RUNS, UNKNOWN, judge
 from anycard.pickles.recording import Record, record_pickle
 
 _DEEPEST = 5  # files within files
 _MOST_PICKLES = 100_000
 _MOST_ARCHIVES = 10_000
+_TEXTS = (".json", ".txt", ".md", ".yaml", ".yml", ".csv", ".toml", ".cfg", ".ini", ".log", ".html", ".rst")
 _NAMED = (".pkl", ".pickle", ".p", ".pt", ".pth", ".bin", ".ckpt", ".dill", ".joblib")
+
+
+_PLAIN = Context()
 
 
 @dataclass(frozen=True)
@@ -111,10 +121,10 @@ class _Scanner:
     def __init__(self, path: str, allow: frozenset[str], limits: Limits) -> None:
         self.report = ScanReport(path)
         self._allow = allow
-        self._script = False  # within a TorchScript archive
         self._limits = limits
+        self._found: set[Finding] = set()
 
-    def file(self, source: Source, where: str, depth: int) -> None:
+    def file(self, source: Source, where: str, depth: int, context: Context = _PLAIN) -> None:
         """A file, or bytes that a file holds."""
         head = source.read(0, min(source.size, 16))
         if depth > _DEEPEST:
@@ -126,7 +136,7 @@ class _Scanner:
         elif source.size > 262 and source.read(257, 5) == b"ustar":
             self._tar(source, where, depth)
         elif _may_be_pickle(head) or where.lower().endswith(_NAMED) or not depth:
-            self._stream(source, where, depth)
+            self._stream(source, where, depth, context)
 
     def _compressed(self, source: Source, where: str, depth: int) -> None:
         try:
@@ -137,16 +147,34 @@ class _Scanner:
         self._bytes(data, f"{where}/unpacked" if where else "unpacked", depth + 1)
 
     def _tar(self, source: Source, where: str, depth: int) -> None:
+        if is_legacy_tar(source):
+            self._legacy_tar(source, where, depth)
+            return
         try:
             data = source.read(0, min(source.size, self._limits.index_nbytes))
             with tarfile.open(fileobj=io.BytesIO(data)) as held:
                 for member in held:
                     file = held.extractfile(member) if member.isfile() else None
                     if file is not None:
-                        inside = f"{where}/{member.name}" if where else member.name
-                        self._bytes(file.read(), inside, depth + 1)
+                        self._bytes(file.read(), join(where, member.name), depth + 1)
         except (tarfile.TarError, ValueError, OSError, EOFError) as error:
             self._unreadable(where, f"the tar archive cannot be followed to its end: {error}")
+
+    def _legacy_tar(self, source: Source, where: str, depth: int) -> None:
+        """A torch file before 0.1.10: its pickles stand among raw bytes, so the reader finds them."""
+
+        def read(data: bytes, *, persistent_load: Any, limits: Limits, start: int = 0, base: int = 0,
+                 budget: Budget | None = None) -> tuple[Any, int]:  # fmt: skip
+            record = Record()
+            try:
+                return record_pickle(data, start, budget or Budget(limits, len(data)), record, persistent_load, base)
+            finally:
+                self._take(record, where, depth, _PLAIN)
+
+        try:
+            read_legacy_tar(source, self._limits, read)
+        except FormatError as error:
+            self._unreadable(where, str(error.args[0]))
 
     def _zip(self, source: Source, where: str, depth: int) -> None:
         try:
@@ -154,22 +182,33 @@ class _Scanner:
         except FormatError as error:
             if not self._several_zips(source, where, depth):
                 self._unreadable(where, str(error.args[0]))
+                self._salvaged(source, where, depth)
             return
-        self._script = any(name.endswith("/constants.pkl") or name == "constants.pkl" for name in records)
+        archive = Archive(source, records, self._limits)
+        self._sources(archive, where)
         for name, record in records.items():
-            inside = f"{where}/{name}" if where else name
-            if name.lower().endswith(".py"):
-                self._source(source, record, inside)
-            storage = name.rpartition("/")[0].endswith("data") and name.rpartition("/")[2].isdigit()
-            if storage or name.lower().endswith((".py", ".json", ".txt", ".md")):
+            if _is_storage(name) or name.lower().endswith(".py"):
                 continue
-            try:
-                data = bytes(record_bytes(source, record, self._limits.index_nbytes))
-            except FormatError as error:
-                self._unreadable(inside, str(error.args[0]))
-                continue
-            if _may_be_pickle(data[:16]) or data[:2] == b"PK" or name.lower().endswith(_NAMED):
-                self._bytes(data, inside, depth + 1)
+            self._member(source, record, join(where, name), depth, archive.context)
+
+    def _member(self, source: Source, record: ZipRecord, where: str, depth: int, context: Context) -> None:
+        try:
+            data = bytes(record_bytes(source, record, self._limits.index_nbytes))
+        except FormatError as error:
+            self._unreadable(where, str(error.args[0]))
+            if record.compressed or record.nbytes > self._limits.index_nbytes:
+                return
+            data = source.read(record.offset, record.nbytes)  # torch looks at no checksum
+        if _may_hold(where, data[:16]):
+            self._bytes(data, where, depth + 1, context)
+
+    def _salvaged(self, source: Source, where: str, depth: int) -> None:
+        """What the records of an archive hold whose directory cannot be relied on."""
+        try:
+            for name, data in salvage(source, lambda name, head: _may_hold(name, head), self._limits):
+                self._bytes(data, join(where, name), depth + 1, Context(tentative=True))
+        except FormatError as error:
+            self._unreadable(where, str(error.args[0]))
 
     def _several_zips(self, source: Source, where: str, depth: int) -> bool:
         """Archives one after the other, as in a distributed checkpoint's `.distcp`; False for anything else."""
@@ -180,31 +219,21 @@ class _Scanner:
             self._zip(part, f"{where}/{index}", depth + 1)
         return True
 
-    def _source(self, source: Source, record: ZipRecord, where: str) -> None:
+    def _sources(self, archive: Archive, where: str) -> None:
         """Code in the archive: TorchScript's runs on load where it sets state, a torch package's when imported."""
-        if not self._script:
-            self.report.findings.append(Finding("Python source in the archive", RUNS, False, where, 0))
-            return
-        try:
-            code = bytes(record_bytes(source, record, self._limits.index_nbytes))
-        except FormatError as error:
-            self._unreadable(where, str(error.args[0]))
-            return
-        at = code.find(b"def __setstate__")
-        if at >= 0:
-            self.report.findings.append(Finding("TorchScript __setstate__", RUNS, True, where, at))
+        for name, why in archive.runs():
+            called = why == SETS_STATE
+            self._find(Finding(why, RUNS, called, join(where, name), 0))
 
-    def _bytes(self, data: bytes, where: str, depth: int) -> None:
-        self.file(StreamSource(where, io.BytesIO(data)), where, depth)
+    def _bytes(self, data: bytes, where: str, depth: int, context: Context = _PLAIN) -> None:
+        self.file(StreamSource(where, io.BytesIO(data)), where, depth, context)
 
-    def _stream(self, source: Source, where: str, depth: int) -> None:
+    def _stream(self, source: Source, where: str, depth: int, context: Context) -> None:
         """Pickles one after the other from the start; what follows a torch file's five is its storages."""
         if _is_safetensors(source):
             return
-        if source.size > self._limits.index_nbytes:
-            data = source.read(0, self._limits.index_nbytes)
-        else:
-            data = source.read(0, source.size)
+        data = source.read(0, min(source.size, self._limits.index_nbytes))
+        text = context.tentative or where.lower().endswith(_TEXTS)
         at = count = 0
         legacy = _is_legacy(data)
         while at < len(data) and (not legacy or count < 5):
@@ -214,35 +243,62 @@ class _Scanner:
             try:
                 record_pickle(data, at, budget_of(data, None, self._limits), record)
             except FormatError as error:
+                if text and not any(_is_global(*place) for place in record.globals):
+                    return  # text that begins like a pickle
                 offset = f" at byte {error.offset:,}" if error.offset is not None else ""
                 self._unreadable(where, f"the pickle cannot be followed to its end{offset}: {error.args[0]}")
-                self._take(record, where, depth)
+                self._take(record, where, depth, context)
                 return
-            self._take(record, where, depth)
+            self._take(record, where, depth, context)
             at, count = record.end, count + 1
             if self.report.pickles > _MOST_PICKLES:
                 self._unreadable(where, "more pickles than anything real holds")
                 return
         if not count:
             self._unreadable(where, "neither a torch file nor a pickle")
-        elif not legacy and at < len(data):
+        elif not legacy and at < len(data) and not context.tentative:
             self._unreadable(where, f"{len(data) - at:,} bytes after the last pickle, from byte {at:,}, are no pickle")
 
-    def _take(self, record: Record, where: str, depth: int) -> None:
+    def _take(self, record: Record, where: str, depth: int, context: Context) -> None:
         self.report.pickles += 1
         for (module, name), offset in record.globals.items():
             full = f"{module}.{name}"
-            kind = judge(module, name, script=self._script)
+            kind = judge(module, name, script=context.script)
             if (module, name) == ("torch.storage", "_load_from_bytes") and record.nested:
                 kind = judge("torch", "Tensor")  # what it would load is scanned in its own right
+            if module in context.harmless and (module, name) not in record.run:
+                kind = INERT  # a class of a torch package's, whose source only defines
             if kind in CLEAN or full not in self._allow:
-                called = (module, name) in record.calls
-                self.report.findings.append(Finding(full, kind, called, where, offset))
+                self._find(Finding(full, kind, (module, name) in record.calls, where, offset))
         for index, data in enumerate(record.nested):
             self._bytes(data, f"{where}/nested {index}", depth + 1)
 
+    def _find(self, finding: Finding) -> None:
+        if finding not in self._found:
+            self._found.add(finding)
+            self.report.findings.append(finding)
+
     def _unreadable(self, where: str, why: str) -> None:
         self.report.unreadable.append(f"{where}: {why}" if where else why)
+
+
+def _is_storage(name: str) -> bool:
+    folder, _, last = name.rpartition("/")
+    return folder.endswith("data") and (last.isdigit() or last.removesuffix(".storage").isdigit())
+
+
+def _may_hold(name: str, head: bytes) -> bool:
+    """A member may be a pickle or hold some, by its first bytes or by its name."""
+    return _may_be_pickle(head) or head[:2] == b"PK" or name.lower().endswith(_NAMED) or bool(kind_of(head))
+
+
+def _is_global(module: str, name: str) -> bool:
+    return all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
+
+
+def join(where: str, name: str) -> str:
+    """A record's path within the files that hold it."""
+    return f"{where}/{name}" if where else name
 
 
 def _zips_within(source: Source, limits: Limits) -> Iterator[Source]:

@@ -11,10 +11,11 @@ from anycard.tensors import BY_STORAGE, DTYPES
 TENSORS, INERT, UNKNOWN, RUNS = "torch's own tensor format", "inert data", "unknown", "runs code"
 CLEAN = frozenset((TENSORS, INERT))
 
+_OLD_TENSORS = {name.replace("Storage", "Tensor") for name in BY_STORAGE}
 _TENSOR_NAMES = {
-    "torch": {*BY_STORAGE, *DTYPES, "UntypedStorage", "Size", "device", "Tensor", "per_tensor_affine",
+    "torch": {*BY_STORAGE, *_OLD_TENSORS, *DTYPES, "UntypedStorage", "Size", "device", "Tensor", "per_tensor_affine",
               "per_channel_affine", "strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc"},
-    "torch.cuda": set(BY_STORAGE),
+    "torch.cuda": {*BY_STORAGE, *_OLD_TENSORS},
     "torch.storage": {"UntypedStorage", "TypedStorage", "_UntypedStorage", "_TypedStorage"},
     "torch._utils": {
         "_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter",
@@ -25,6 +26,7 @@ _TENSOR_NAMES = {
     "torch._tensor": {"_rebuild_from_type_v2", "Tensor"},
     "torch.nn.parameter": {"Parameter", "Buffer"},
     "torch.serialization": {"_get_layout"},
+    "torch.jit._script": {"unpackage_script_module"},  # TorchScript in a torch package, looked at by itself
     "torch.distributed.checkpoint.metadata": {
         "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata",
         "BytesStorageMetadata", "MetadataIndex", "StorageMeta",
@@ -56,6 +58,9 @@ _INERT_NAMES = {
     "omegaconf.base": {"ContainerMetadata", "Metadata"},
     "omegaconf.nodes": {"AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode", "BytesNode", "PathNode"},
     "typing": {"Any", "Dict", "List", "Optional", "Union", "Tuple"},
+    # joblib's arrays, whose elements the interpreter follows
+    "joblib.numpy_pickle": {"NumpyArrayWrapper"},
+    "sklearn.externals.joblib.numpy_pickle": {"NumpyArrayWrapper"},
 }  # fmt: skip
 _RUNS_MODULES = frozenset(
     """

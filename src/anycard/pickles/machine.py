@@ -132,9 +132,16 @@ class Machine:
 
     def inner(self) -> Any:
         """The object of a whole pickle that stands here, within this one."""
-        inside = Machine(self.data, self.pos, self.persistent_load, self.budget)
-        value, self.pos = inside.run()
+        value, self.pos = self.fresh(self.pos).run()
         return value
+
+    def fresh(self, start: int) -> Machine:
+        """A machine of the same kind for another pickle in the same bytes."""
+        return Machine(self.data, start, self.persistent_load, self.budget)
+
+    def overrun(self, size: int) -> None:
+        """A frame is longer than the pickle, which C's unpickler refuses before it goes into it."""
+        raise FormatError(f"the pickle is cut short: a frame of {size:,} bytes, {self.size - self.pos:,} left")
 
     def long_bytes(self, nbytes: int) -> bytes:
         """The next bytes as a value of the pickle, whose place may be asked for."""

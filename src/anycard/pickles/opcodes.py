@@ -137,7 +137,7 @@ def _proto(m: Machine) -> None:
 def _frame(m: Machine) -> None:
     size = m.number(8)
     if m.pos + size > m.size:
-        raise FormatError(f"the pickle is cut short: a frame of {size:,} bytes, {m.size - m.pos:,} left")
+        m.overrun(size)
 
 
 @_op(b"0")

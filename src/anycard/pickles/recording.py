@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from anycard.errors import FormatError
 from anycard.pickles.budget import Budget
 from anycard.pickles.machine import Machine, guarded
 from anycard.pickles.stubs import Inert
@@ -22,20 +24,24 @@ class Record:
 
     Attributes:
         globals: Global -> byte offset of its first mention in the pickle's data.
-        calls: What is called (REDUCE and kin) -> byte offset of the first call.
+        calls: What is called (REDUCE and kin), or made by `__new__` -> byte offset of the first call.
+        run: What is called as it is: a class's `__init__`, a function.
         nested: Bytes that a call would load as a pickle or a torch file.
         end: Where the pickle ends.
+        trouble: Why it could not be loaded, though it could be followed.
     """
 
     globals: dict[tuple[str, str], int] = field(default_factory=dict)
     calls: dict[tuple[str, str], int] = field(default_factory=dict)
+    run: set[tuple[str, str]] = field(default_factory=set)
     nested: list[bytes] = field(default_factory=list)
     end: int = 0
+    trouble: str = ""
 
 
 class _Recorder(Machine):
-    def __init__(self, data: bytes, start: int, budget: Budget, record: Record) -> None:
-        super().__init__(data, start, _any_storage, budget)
+    def __init__(self, data: bytes, start: int, budget: Budget, record: Record, load: Callable[[Any], Any]) -> None:
+        super().__init__(data, start, load, budget)
         self._record = record
         self.shortcut = None  # each call is to be seen
 
@@ -44,21 +50,28 @@ class _Recorder(Machine):
         self._record.globals.setdefault((found.module, found.name), self.at)
         return found
 
+    def fresh(self, start: int) -> Machine:
+        return _Recorder(self.data, start, self.budget, self._record, self.persistent_load)
+
+    def overrun(self, size: int) -> None:
+        self._record.trouble = f"a frame of {size:,} bytes, {self.size - self.pos:,} left"
+
     def call(self, func: Any, args: Any) -> Any:
-        self._note(func, args)
+        self._record.run.add(self._note(func, args))
         return super().call(func, args)
 
     def new(self, cls: Any, args: Any, kwargs: Any) -> Any:
         self._note(cls, args)
         return super().new(cls, args, kwargs)
 
-    def _note(self, func: Any, args: Any) -> None:
+    def _note(self, func: Any, args: Any) -> tuple[str, str]:
         kind = func if isinstance(func, type) else type(func)
         place = (getattr(kind, "module", ""), getattr(kind, "name", ""))
         self._record.calls.setdefault(place, self.at)
         holds = place in _NESTED and type(args) is tuple and args and isinstance(args[0], (bytes, bytearray))
         if holds and len(self._record.nested) < _MOST_NESTED:
             self._record.nested.append(bytes(args[0]))
+        return place
 
 
 def _any_storage(pid: Any) -> Any:
@@ -70,11 +83,18 @@ def _any_storage(pid: Any) -> Any:
     return pid
 
 
-def record_pickle(data: bytes, start: int, budget: Budget, record: Record) -> None:
+def record_pickle(
+    data: bytes, start: int, budget: Budget, record: Record, load: Callable[[Any], Any] = _any_storage, base: int = 0
+) -> tuple[Any, int]:
     """Interpret one pickle to its STOP, into `record`, which holds what was met up to there on an error as well.
+
+    Returns:
+        What `read_pickle` does.
 
     Raises:
         FormatError: It cannot be followed to its end; with the byte offset.
     """
-    machine = _Recorder(data, start, budget, record)
-    _, record.end = guarded(machine, 0)
+    value, record.end = guarded(_Recorder(data, start, budget, record, load), base)
+    if record.trouble:
+        raise FormatError(f"the pickle is cut short: {record.trouble}")
+    return value, record.end

@@ -1,0 +1,75 @@
+"""The code that a zip archive of torch's carries: TorchScript, or a torch package's Python sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+from anycard.containers.inflated import record_bytes
+from anycard.containers.zip_directory import Record
+from anycard.disk.source import Source
+from anycard.errors import FormatError
+from anycard.limits import Limits
+from anycard.operations.packaged_code import modules_of, what_runs
+
+SETS_STATE = "TorchScript __setstate__"
+
+
+class Context(NamedTuple):
+    """What a pickle lies in.
+
+    Attributes:
+        script: A TorchScript archive, whose classes are its own.
+        harmless: A torch package's own modules that only define things.
+        tentative: It may be no pickle at all, found by its first byte.
+    """
+
+    script: bool = False
+    harmless: frozenset[str] = frozenset()
+    tentative: bool = False
+
+
+class Archive:
+    """The records of one archive, and what kind of code they are."""
+
+    def __init__(self, source: Source, records: dict[str, Record], limits: Limits) -> None:
+        self._source = source
+        self._records = records
+        self._limits = limits
+        tells = ".data/extern_modules"
+        package = next((name for name in records if name.endswith(tells) and name.count("/") <= 2), None)
+        self._folder = None if package is None else package[: -len(tells)]
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        """Module -> the first thing that it would run, "" for none; of a torch package only."""
+        if self._folder is None:
+            return {}
+        modules = modules_of(self._records, self._folder)
+        return {module: what_runs(self._code(name), module, modules) for module, name in modules.items()}
+
+    @cached_property
+    def context(self) -> Context:
+        """What its pickles are judged by."""
+        script = any(name == "constants.pkl" or name.endswith("/constants.pkl") for name in self._records)
+        # One source may import another, so that all of them have to be harmless.
+        harmless = self._sources if not any(self._sources.values()) else ()
+        return Context(script, frozenset(harmless))
+
+    def runs(self) -> Iterator[tuple[str, str]]:
+        """Record and what of it runs on load."""
+        modules = {} if self._folder is None else modules_of(self._records, self._folder)
+        for module, why in self._sources.items():
+            if why:
+                yield modules[module], f"Python source: {why}"
+        scripts = [name for name in self._records if name.endswith(".py") and name not in modules.values()]
+        for name in scripts:
+            if b"def __setstate__" in self._code(name):
+                yield name, SETS_STATE
+
+    def _code(self, name: str) -> bytes:
+        try:
+            return bytes(record_bytes(self._source, self._records[name], self._limits.index_nbytes))
+        except FormatError:
+            return b"def __setstate__("  # what cannot be looked at is not harmless
