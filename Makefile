@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test corpus types lint bench clean
+.PHONY: run test corpus types lint bench bench-scanners clean
 
 run: $(READY)  ## the main job: every way of saving x every way of loading, on a real resnet152
 	$(VENV)/bin/anycard matrix torchvision.models:resnet152
@@ -28,8 +28,12 @@ lint: types
 bench: $(READY)  ## ratios side by side in one run; the figures in the docs are what this prints
 	$(PY) benchmarks/ready_model.py
 
+bench-scanners: $(READY)  ## scan beside three other scanners, each in an environment made for it
+	$(PY) tests/corpus/fetch.py
+	$(PY) benchmarks/scanners.py
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .bench build dist
 
 # torchvision and timm come last and --no-deps: their own pins would pull another torch.
 # Where the matching torchvision cannot be imported beside this torch build, 0.16.2 can.

@@ -244,3 +244,12 @@ def test_sources_beside_torchscript_do_not_pass_for_it(tmp_path: Path) -> None:
         root = archive.namelist()[0].partition("/")[0]
         archive.writestr(f"{root}/.data/ts_code/0/constants.pkl", pickle.dumps((), 2))
     assert bad_names(tmp_path / "a.pt")[0] == 1
+
+
+def test_objects_in_numpy_files_are_followed(tmp_path: Path) -> None:
+    np.save(tmp_path / "good.npy", np.arange(3.0))
+    np.save(tmp_path / "bad.npy", np.array([_Evil()], dtype=object))
+    np.savez(tmp_path / "bad.npz", a=np.arange(3.0), b=np.array([_Evil()], dtype=object))
+    assert bad_names(tmp_path / "good.npy") == (0, [])
+    assert bad_names(tmp_path / "bad.npy") == (1, ["builtins.print"])
+    assert bad_names(tmp_path / "bad.npz") == (1, ["builtins.print"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -135,6 +136,8 @@ class _Scanner:
             self._compressed(source, where, depth)
         elif source.size > 262 and source.read(257, 5) == b"ustar":
             self._tar(source, where, depth)
+        elif head.startswith(_NUMPY):
+            self._array(source, where, depth)
         elif _may_be_pickle(head) or where.lower().endswith(_NAMED) or not depth:
             self._stream(source, where, depth, context)
 
@@ -159,6 +162,16 @@ class _Scanner:
                         self._bytes(file.read(), join(where, member.name), depth + 1)
         except (tarfile.TarError, ValueError, OSError, EOFError) as error:
             self._unreadable(where, f"the tar archive cannot be followed to its end: {error}")
+
+    def _array(self, source: Source, where: str, depth: int) -> None:
+        """A `.npy` file: an array of objects is a pickle behind the header."""
+        wide = 4 if source.read(6, 1) >= b"\2" else 2
+        start = 8 + wide + int.from_bytes(source.read(8, wide), "little")
+        described = _DESCRIPTION.search(source.read(8 + wide, min(start, source.size) - 8 - wide))
+        if described is None:
+            self._unreadable(where, "the array's header cannot be followed")
+        elif b"O" in described[1]:
+            self._stream(WindowSource(source, start, source.size - start), where, depth, _PLAIN)
 
     def _legacy_tar(self, source: Source, where: str, depth: int) -> None:
         """A torch file before 0.1.10: its pickles stand among raw bytes, so the reader finds them."""
@@ -289,7 +302,8 @@ def _is_storage(name: str) -> bool:
 
 def _may_hold(name: str, head: bytes) -> bool:
     """A member may be a pickle or hold some, by its first bytes or by its name."""
-    return _may_be_pickle(head) or head[:2] == b"PK" or name.lower().endswith(_NAMED) or bool(kind_of(head))
+    told = _may_be_pickle(head) or head.startswith((b"PK", _NUMPY)) or kind_of(head)
+    return bool(told) or name.lower().endswith(_NAMED)
 
 
 def _is_global(module: str, name: str) -> bool:
@@ -327,6 +341,8 @@ def _may_be_pickle(head: bytes) -> bool:
     return head[:1] in (b"\x80", b"(", b"c", b"]", b"}")
 
 
+_NUMPY = b"\x93NUMPY"
+_DESCRIPTION = re.compile(rb"'descr'\s*:\s*(.{1,65536}?),\s*'fortran_order'", re.DOTALL)
 _MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
