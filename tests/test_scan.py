@@ -165,6 +165,53 @@ def test_attacks_in_compressed_files_and_tars_are_found(tmp_path: Path, name: st
     assert {f["where"] for f in report["findings"]} == {"bad.pkl"}
 
 
+def _like_safetensors(attack: bytes) -> bytes:
+    """Text of four bytes, then the attack; as safetensors: a header of 1,112 bytes that begins with a brace."""
+    return b"X\x04\0\0\0\0\0\0{0" + attack + bytes(1_200)
+
+
+def _in_a_header(attack: bytes) -> bytes:
+    """Valid safetensors: its length is the opcode and the size of a text that ends within its metadata."""
+    start = b'{"__metadata__": {"a": "'
+    held = start + b" " * (40 + 5 - 8 - len(start)) + attack + b'"}}'
+    return b"X\x28" + bytes(6) + held.ljust(0x2858)
+
+
+def _in_a_name(attack: bytes) -> bytes:
+    """A tar whose first member is called like an attack."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo(attack.decode()))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("hidden", [_like_safetensors, _in_a_header, _in_a_name])
+def test_a_pickle_with_the_looks_of_another_format_is_found(tmp_path: Path, hidden: Callable[[bytes], bytes]) -> None:
+    """`pickle.load` asks for no format: what it would import is told."""
+    attack = b"cabsent\nname\n)R."
+    if hidden is _in_a_header:  # of printable bytes and UTF-8: BINPUT takes what comes before a high opcode
+        attack = b"q\xc2\x8c absent%26dq\xc2\x8c name%28dq\xc2\x93)R." % (0, 0)
+    data = hidden(attack)
+    if hidden is _in_a_header:
+        (tmp_path / "a.safetensors").write_bytes(data)
+        assert anycard.open(tmp_path / "a.safetensors").format == "safetensors"
+    with pytest.raises(ModuleNotFoundError, match="absent"):
+        pickle.loads(data)
+    (tmp_path / "a.bin").write_bytes(data)
+    status, report = scanned(tmp_path / "a.bin")
+    assert status == 1 and any(finding["name"].startswith("absent") for finding in report["findings"])
+
+
+@pytest.mark.parametrize("nbytes", [93, 376, 640, 19280, 24184, 35615, 40056, 0x685A42])
+def test_safetensors_whose_length_looks_like_a_magic_number(tmp_path: Path, nbytes: int) -> None:
+    """lzma's, zlib's, pickle's, a zip's, gzip's and bz2's first bytes are lengths that headers have."""
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(nbytes)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(nbytes.to_bytes(8, "little") + header + bytes(4))
+    assert anycard.open(path).numpy("w").tolist() == [0]
+    assert scanned(path)[0] == 0
+
+
 def test_folders_are_scanned_file_by_file(tmp_path: Path) -> None:
     """The finding says in which file."""
     anycard.save(nn.Linear(2, 2), tmp_path / "good.pth")

@@ -9,7 +9,8 @@ import click
 
 from anycard.cli.options import AS_JSON
 from anycard.cli.output import clean, count, print_json, table
-from anycard.operations.scanning import ScanReport, scan
+from anycard.operations.scan_report import ScanReport
+from anycard.operations.scanning import scan
 
 
 @click.command("scan", short_help="What loading it the ordinary way would run.")

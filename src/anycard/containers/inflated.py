@@ -72,6 +72,11 @@ class Inflated:
         return FormatError(f"record {self._record.name!r} is damaged: {reason}", offset=self._record.offset)
 
 
+def inflates_like_a_bomb(record: Record) -> bool:
+    """Far more than pickles, JSON and code do; zeros among weights may."""
+    return record.compressed and record.nbytes > max(1 << 20, 32 * record.stored_nbytes)
+
+
 def record_bytes(source: Source, record: Record, most: int) -> bytes | bytearray:
     """A small record's bytes, inflated where it is compressed, checked against its CRC.
 

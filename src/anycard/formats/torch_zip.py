@@ -59,7 +59,7 @@ def read_archive(archive: Archive, budget: Budget | None = None, *, nested: bool
 
 def index_bytes(archive: Archive, record: Record) -> bytes:
     """A pickle, a JSON text or code, of which a byte may become an object: none that inflates like a bomb."""
-    if record.compressed and record.nbytes > max(1 << 20, 32 * record.stored_nbytes):
+    if inflated.inflates_like_a_bomb(record):
         raise FormatError(
             f"record {record.name!r} inflates to far more than pickles do (a bomb?)", offset=record.offset
         )

@@ -4,82 +4,47 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-from anycard.containers.inflated import record_bytes
+from anycard.containers.inflated import Inflated, inflates_like_a_bomb, record_bytes
 from anycard.containers.streams import inflated, kind_of
 from anycard.containers.zip_directory import Record as ZipRecord
 from anycard.containers.zip_directory import read_directory
 from anycard.containers.zip_salvage import salvage
-from anycard.disk.source import Source, StreamSource, WindowSource, open_source
+from anycard.disk.source import Source, StreamSource, open_source
 from anycard.errors import FormatError
 from anycard.formats.legacy_tar import is_legacy_tar
 from anycard.formats.legacy_tar import read_index as read_legacy_tar
 from anycard.formats.plain_pickle import budget_of
 from anycard.limits import DEFAULT, Limits
 from anycard.operations.archived_code import SETS_STATE, Archive, Context
+from anycard.operations.looks import (
+    NAMED,
+    NUMPY,
+    TEXTS,
+    is_global,
+    is_legacy,
+    is_safetensors,
+    is_storage,
+    join,
+    may_be_pickle,
+    may_hold,
+    objects_of,
+    zips_within,
+)  # fmt: skip
+from anycard.operations.scan_report import Finding, ScanReport
 from anycard.pickles.budget import Budget
 from anycard.pickles.judging import CLEAN, INERT, RUNS, UNKNOWN, judge
 from anycard.pickles.recording import Record, record_pickle
 
 _DEEPEST = 5  # files within files
+_FIRST = 1 << 20  # bytes of what is no pickle by its format that are followed at first
 _MOST_PICKLES = 100_000
-_MOST_ARCHIVES = 10_000
-_TEXTS = (".json", ".txt", ".md", ".yaml", ".yml", ".csv", ".toml", ".cfg", ".ini", ".log", ".html", ".rst")
-_NAMED = (".pkl", ".pickle", ".p", ".pt", ".pth", ".bin", ".ckpt", ".dill", ".joblib")
 
 
 _PLAIN = Context()
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A global that a pickle names.
-
-    Attributes:
-        name: `module.name`.
-        kind: "torch's own tensor format", "inert data", "unknown" or "runs code".
-        called: It is called, not only referred to.
-        where: The pickle: a record's name, and what it lies in.
-        offset: Byte offset within that pickle's data.
-    """
-
-    name: str
-    kind: str
-    called: bool
-    where: str
-    offset: int
-
-
-@dataclass
-class ScanReport:
-    """What `scan` found.
-
-    Attributes:
-        path: The file or folder.
-        pickles: How many pickles were followed.
-        findings: Every global, worst first.
-        unreadable: What could not be followed to its end, and why.
-    """
-
-    path: str
-    pickles: int = 0
-    findings: list[Finding] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-
-    @property
-    def clean(self) -> bool:
-        """Nothing but torch's own tensor format and inert data would be touched, and all of it was followed."""
-        return not self.unreadable and not self.bad
-
-    @property
-    def bad(self) -> list[Finding]:
-        """What is unknown or runs code."""
-        return [finding for finding in self.findings if finding.kind not in CLEAN]
 
 
 def scan(path: str | os.PathLike[str], *, allow: Iterable[str] = (), limits: Limits = DEFAULT) -> ScanReport:
@@ -130,15 +95,18 @@ class _Scanner:
         head = source.read(0, min(source.size, 16))
         if depth > _DEEPEST:
             self._unreadable(where, "files within files, deeper than 5")
+        elif is_safetensors(source, head, self._limits):
+            self._disguised(source, where, depth)
         elif head[:2] == b"PK":
             self._zip(source, where, depth)
         elif kind_of(head):
             self._compressed(source, where, depth)
         elif source.size > 262 and source.read(257, 5) == b"ustar":
+            self._disguised(source, where, depth)
             self._tar(source, where, depth)
-        elif head.startswith(_NUMPY):
+        elif head.startswith(NUMPY):
             self._array(source, where, depth)
-        elif _may_be_pickle(head) or where.lower().endswith(_NAMED) or not depth:
+        elif may_be_pickle(head) or where.lower().endswith(NAMED) or not depth:
             self._stream(source, where, depth, context)
 
     def _compressed(self, source: Source, where: str, depth: int) -> None:
@@ -165,13 +133,11 @@ class _Scanner:
 
     def _array(self, source: Source, where: str, depth: int) -> None:
         """A `.npy` file: an array of objects is a pickle behind the header."""
-        wide = 4 if source.read(6, 1) >= b"\2" else 2
-        start = 8 + wide + int.from_bytes(source.read(8, wide), "little")
-        described = _DESCRIPTION.search(source.read(8 + wide, min(start, source.size) - 8 - wide))
-        if described is None:
+        objects = objects_of(source)
+        if objects is None:
             self._unreadable(where, "the array's header cannot be followed")
-        elif b"O" in described[1]:
-            self._stream(WindowSource(source, start, source.size - start), where, depth, _PLAIN)
+        elif objects.size:
+            self._stream(objects, where, depth, _PLAIN)
 
     def _legacy_tar(self, source: Source, where: str, depth: int) -> None:
         """A torch file before 0.1.10: its pickles stand among raw bytes, so the reader finds them."""
@@ -200,32 +166,40 @@ class _Scanner:
         archive = Archive(source, records, self._limits)
         self._sources(archive, where)
         for name, record in records.items():
-            if _is_storage(name) or name.lower().endswith(".py"):
+            if is_storage(name) or name.lower().endswith(".py"):
                 continue
             self._member(source, record, join(where, name), depth, archive.context)
 
     def _member(self, source: Source, record: ZipRecord, where: str, depth: int, context: Context) -> None:
         try:
-            data = bytes(record_bytes(source, record, self._limits.index_nbytes))
+            data = self._record(source, record, where)
         except FormatError as error:
             self._unreadable(where, str(error.args[0]))
             if record.compressed or record.nbytes > self._limits.index_nbytes:
                 return
             data = source.read(record.offset, record.nbytes)  # torch looks at no checksum
-        if _may_hold(where, data[:16]):
+        if may_hold(where, data[:16]):
             self._bytes(data, where, depth + 1, context)
 
     def _salvaged(self, source: Source, where: str, depth: int) -> None:
         """What the records of an archive hold whose directory cannot be relied on."""
         try:
-            for name, data in salvage(source, lambda name, head: _may_hold(name, head), self._limits):
+            for name, data in salvage(source, lambda name, head: may_hold(name, head), self._limits):
                 self._bytes(data, join(where, name), depth + 1, Context(tentative=True))
         except FormatError as error:
             self._unreadable(where, str(error.args[0]))
 
+    def _record(self, source: Source, record: ZipRecord, where: str) -> bytes:
+        """A record's bytes; none of one that inflates like zeros and is no pickle."""
+        if inflates_like_a_bomb(record):
+            if may_hold(where, bytes(Inflated(source, record)[:16])):
+                raise FormatError("the record inflates to far more than pickles do (a bomb?)")
+            return b""
+        return bytes(record_bytes(source, record, self._limits.index_nbytes))
+
     def _several_zips(self, source: Source, where: str, depth: int) -> bool:
         """Archives one after the other, as in a distributed checkpoint's `.distcp`; False for anything else."""
-        parts = list(_zips_within(source, self._limits))
+        parts = list(zips_within(source, self._limits))
         if len(parts) < 2 or depth >= _DEEPEST:
             return False
         for index, part in enumerate(parts):
@@ -243,20 +217,18 @@ class _Scanner:
 
     def _stream(self, source: Source, where: str, depth: int, context: Context) -> None:
         """Pickles one after the other from the start; what follows a torch file's five is its storages."""
-        if _is_safetensors(source):
-            return
         data = source.read(0, min(source.size, self._limits.index_nbytes))
-        text = context.tentative or where.lower().endswith(_TEXTS)
+        text = context.tentative or where.lower().endswith(TEXTS)
         at = count = 0
-        legacy = _is_legacy(data)
+        legacy = is_legacy(data)
         while at < len(data) and (not legacy or count < 5):
-            if count and not _may_be_pickle(data[at : at + 16]):
+            if count and not may_be_pickle(data[at : at + 16]):
                 break
             record = Record()
             try:
                 record_pickle(data, at, budget_of(data, None, self._limits), record)
             except FormatError as error:
-                if text and not any(_is_global(*place) for place in record.globals):
+                if text and not any(is_global(*place) for place in record.globals):
                     return  # text that begins like a pickle
                 offset = f" at byte {error.offset:,}" if error.offset is not None else ""
                 self._unreadable(where, f"the pickle cannot be followed to its end{offset}: {error.args[0]}")
@@ -271,6 +243,21 @@ class _Scanner:
             self._unreadable(where, "neither a torch file nor a pickle")
         elif not legacy and at < len(data) and not context.tentative:
             self._unreadable(where, f"{len(data) - at:,} bytes after the last pickle, from byte {at:,}, are no pickle")
+
+    def _disguised(self, source: Source, where: str, depth: int) -> None:
+        """Another format, and yet a pickle: `pickle.load` runs it up to the first byte that no pickle has."""
+        for most in (_FIRST, self._limits.index_nbytes):
+            data, record, why = source.read(0, min(source.size, most)), Record(), ""
+            try:
+                record_pickle(data, 0, budget_of(data, None, self._limits), record)
+            except FormatError as error:
+                why = str(error.args[0])
+            if "cut short" not in why or len(data) == source.size:
+                break
+        if record.globals:
+            self._take(record, where, depth, _PLAIN)
+            if why:
+                self._unreadable(where, f"begins like a pickle, which cannot be followed to its end: {why}")
 
     def _take(self, record: Record, where: str, depth: int, context: Context) -> None:
         self.report.pickles += 1
@@ -293,63 +280,3 @@ class _Scanner:
 
     def _unreadable(self, where: str, why: str) -> None:
         self.report.unreadable.append(f"{where}: {why}" if where else why)
-
-
-def _is_storage(name: str) -> bool:
-    folder, _, last = name.rpartition("/")
-    return folder.endswith("data") and (last.isdigit() or last.removesuffix(".storage").isdigit())
-
-
-def _may_hold(name: str, head: bytes) -> bool:
-    """A member may be a pickle or hold some, by its first bytes or by its name."""
-    told = _may_be_pickle(head) or head.startswith((b"PK", _NUMPY)) or kind_of(head)
-    return bool(told) or name.lower().endswith(_NAMED)
-
-
-def _is_global(module: str, name: str) -> bool:
-    return all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
-
-
-def join(where: str, name: str) -> str:
-    """A record's path within the files that hold it."""
-    return f"{where}/{name}" if where else name
-
-
-def _zips_within(source: Source, limits: Limits) -> Iterator[Source]:
-    """The archives that a file is made of, one after the other without a gap; none where that is not so."""
-    data = source.read(0, min(source.size, limits.index_nbytes))
-    parts: list[Source] = []
-    start = end = 0
-    for _ in range(_MOST_ARCHIVES):
-        end = data.find(b"PK\x05\x06", end)
-        if end < 0:
-            break
-        end += 22
-        part = WindowSource(source, start, min(end, source.size) - start)
-        try:
-            read_directory(part, limits)
-        except FormatError:
-            continue
-        parts.append(part)
-        start = end
-    if start == source.size:
-        yield from parts
-
-
-def _may_be_pickle(head: bytes) -> bool:
-    """It begins as pickles of protocols 2 to 5 do, or as those of protocol 0 and 1 that name something."""
-    return head[:1] in (b"\x80", b"(", b"c", b"]", b"}")
-
-
-_NUMPY = b"\x93NUMPY"
-_DESCRIPTION = re.compile(rb"'descr'\s*:\s*(.{1,65536}?),\s*'fortran_order'", re.DOTALL)
-_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-
-
-def _is_legacy(data: bytes) -> bool:
-    return _MAGIC in data[:24]
-
-
-def _is_safetensors(source: Source) -> bool:
-    head = source.read(0, min(source.size, 9))
-    return len(head) == 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= source.size - 8
