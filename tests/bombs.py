@@ -519,3 +519,34 @@ def one_tensor_of_endless_rows() -> bytes:
 @read
 def many_marks() -> bytes:
     return torch_zip(b"(" * 300_000 + b"t" * 300_000 + b".")
+
+
+_MEMBERS = b"\x8f(" + b"".join(map(num, range(9_000))) + b"\x90"
+
+
+@read
+def set_in_many_places() -> bytes:
+    return torch_zip(b"\x80\x04]" + _MEMBERS + b"\x940(" + b"h\x00" * 90_000 + b"e.")
+
+
+@read
+def set_in_an_object_in_many_places() -> bytes:
+    state = b"}" + text("a") + _MEMBERS + b"sb"
+    return torch_zip(b"\x80\x04](cx\ny\n)\x81" + state + b"\x940h\x00" + b"h\x00" * 30_000 + b"e.")
+
+
+_ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n"
+_DATA = (
+    b"(K\x01" + ints(9_000) + b"cnumpy\ndtype\nX\x02\0\0\0u1\x85R\x89B" + struct.pack("<I", 9_000) + bytes(9_000) + b"t"
+)
+
+
+@read
+def array_in_many_places() -> bytes:
+    return torch_zip(b"\x80\x02" + _ARRAY + b")R" + _DATA + b"bq\x000](K\x01" + b"h\x00" * 90_000 + b"e.")
+
+
+@read
+def arrays_of_the_same_bytes() -> bytes:
+    make = b"\x80\x02" + _ARRAY + b"q\x000" + _DATA + b"q\x010](K\x01"
+    return torch_zip(make + b"h\x00)Rh\x01b" * 20_000 + b"e.")

@@ -213,18 +213,23 @@ def test_export(tmp_path: Path) -> None:
     assert_same(anycard.read(tmp_path / "y.pt"), want)
 
 
+def old_export(path: Path, model: nn.Module, method: int = zipfile.ZIP_STORED) -> None:
+    """An exported program as torch 2.6 to 2.8 wrote it."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("serialized_exported_program.json", "{}")
+        for name, value in (("state_dict", model.state_dict()), ("constants", {"c": torch.arange(9.0)})):
+            file = io.BytesIO()
+            torch.save(value, file)
+            archive.writestr(f"serialized_{name}.pt", file.getvalue())
+        archive.writestr("version", "7.1")
+
+
 def test_export_of_2_6_to_2_8(tmp_path: Path) -> None:
     """`serialized_state_dict.pt` is a torch file within the archive, stored or deflated."""
     model = Net()
     for number, method in enumerate((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)):
         path = tmp_path / f"{number}.pt2"
-        with zipfile.ZipFile(path, "w", method) as archive:
-            archive.writestr("serialized_exported_program.json", "{}")
-            for name, value in (("state_dict", model.state_dict()), ("constants", {"c": torch.arange(9.0)})):
-                file = io.BytesIO()
-                torch.save(value, file)
-                archive.writestr(f"serialized_{name}.pt", file.getvalue())
-            archive.writestr("version", "7.1")
+        old_export(path, model, method)
         assert_same(anycard.read(path), weights(model))
         with anycard.open(path) as ckpt:
             assert ckpt.numpy("constants.c").tolist() == list(range(9))

@@ -17,7 +17,7 @@ from anycard.formats.registry import read_index
 from anycard.limits import DEFAULT, Limits
 from anycard.names.choosing import canonical_names, pick
 from anycard.names.contents import Contents, contents
-from anycard.names.plain import plain
+from anycard.names.plain import Plain
 from anycard.names.stored import Found, StateDict, find_state_dicts
 from anycard.tensors import DTYPES, TensorInfo
 
@@ -78,10 +78,20 @@ class Checkpoint:
         """A zip's records by name; empty in other formats."""
         return dict(self._index.records)
 
-    @cached_property
+    @property
     def _contents(self) -> Contents:
-        with naming(self.path):
-            return contents(self._index.tree, self._limits)
+        if isinstance(self._walked, FormatError):
+            raise self._walked.with_traceback(None)
+        return self._walked
+
+    @cached_property
+    def _walked(self) -> Contents | FormatError:
+        """A refusal is kept as well: it comes after all the work that the limits allow."""
+        try:
+            with naming(self.path):
+                return contents(self._index.tree, self._limits)
+        except FormatError as error:
+            return error
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -91,13 +101,12 @@ class Checkpoint:
     @property
     def objects(self) -> dict[str, Any]:
         """Full path -> everything else, as plain data."""
-        above = self._contents.above
-        return {path: self._plain(value, above.get(path, ())) for path, value in self._contents.objects.items()}
+        found = self._contents
+        plain = Plain(len(found.objects), self._spelt)
+        return {path: plain.spelt(value, found.above.get(path, ())) for path, value in found.objects.items()}
 
-    def _plain(self, value: object, above: tuple[int, ...]) -> Any:
-        if isinstance(value, TensorInfo) and value.numel <= _LISTED:
-            return as_numpy(value, limits=self._limits).tolist()
-        return plain(value, above)
+    def _spelt(self, info: TensorInfo) -> Any:
+        return as_numpy(info, limits=self._limits).tolist() if info.numel <= _LISTED else info
 
     @property
     def state_dicts(self) -> list[StateDict]:
@@ -107,6 +116,7 @@ class Checkpoint:
     @cached_property
     def found(self) -> Found:
         """The state dicts in the file, and levels of several taken as one."""
+        _ = self._contents  # an object without end is refused once, not at each of its levels
         with naming(self.path):
             return find_state_dicts({**self._index.tree, **self.ties} if self.ties else self._index.tree)
 

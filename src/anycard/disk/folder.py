@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -11,6 +12,7 @@ from anycard.errors import FormatError
 _MOST_LISTED = 100_000
 _DEEPEST = 2
 _MOST_OPEN = 200  # files that stay open; a process may have 1,024
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ)
 
 
 class Folder(Source):
@@ -43,8 +45,10 @@ class Folder(Source):
         path = os.path.join(self._path, *plain_parts(name, self.name))  # noqa: PTH118
         try:
             mode = os.stat(path).st_mode  # noqa: PTH116 - symlinks in the user's own folder are followed
-        except FileNotFoundError:
-            raise FormatError(f"{self.name} has no file {name!r}", path=self.name, name=name) from None
+        except (OSError, ValueError) as error:  # ValueError: characters that the file system cannot have
+            if isinstance(error, OSError) and error.errno not in _NO_FILE:
+                raise
+            raise FormatError(f"{self.name} has no file {name[:200]!r}", path=self.name, name=name) from None
         if stat.S_ISDIR(mode):
             return Folder(path)
         if not stat.S_ISREG(mode):

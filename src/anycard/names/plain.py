@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from anycard.names.pickled_modules import is_module
@@ -12,20 +12,58 @@ from anycard.tensors import TensorInfo
 
 _DEEPEST = 50
 _MOST = 10_000  # parts of one object that are spelt out
+_ALLOWANCE = 200_000  # parts of all objects of a file, and a few more for each
+_ELEMENTS = 1_000_000  # of all arrays; those of a pickle can share their bytes
 
 
-def plain(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """Stubs become dicts that name their class; a link back to what holds the value says so.
+def plain(value: Any) -> Any:
+    """Stubs become dicts that name their class; a link back to what holds the value says so."""
+    return Plain(_MOST).spelt(value)
+
+
+class Plain:
+    """Spells out many objects, which may share parts.
+
+    What a small file holds once can be a part of all of its objects: a set or an array is spelt out once, and
+    where parts come up again and again, later ones are `<…>`.
 
     Args:
-        above: `id` of everything that holds the value.
+        objects: How many there are.
+        array: Spells out an array beside the weights.
     """
-    return _Plain().of(value, frozenset(above))
 
+    def __init__(self, objects: int, array: Callable[[TensorInfo], Any] | None = None) -> None:
+        self._all = _ALLOWANCE + 8 * objects
+        self._left = 0
+        self._elements = _ELEMENTS
+        self._array = array
+        self._known: dict[int, Any] = {}
 
-class _Plain:
-    def __init__(self) -> None:
-        self._left = _MOST
+    def spelt(self, value: Any, above: tuple[int, ...] = ()) -> Any:
+        """One object.
+
+        Args:
+            above: `id` of everything that holds the value.
+        """
+        self._left = have = max(min(_MOST, self._all), 0)
+        if isinstance(value, TensorInfo) and self._array is not None:
+            return self._once(value, lambda: self._elements_of(value))
+        made = self.of(value, frozenset(above))
+        self._all -= have - self._left
+        return made
+
+    def _elements_of(self, info: TensorInfo) -> Any:
+        self._elements -= info.numel
+        return self._array(info) if self._array is not None and self._elements >= 0 else info
+
+    def _once(self, value: Any, make: Callable[[], Any]) -> Any:
+        """The same list for the same set or array; coming up again counts as many parts as it has."""
+        known = self._known.get(id(value))
+        if known is None:
+            known = self._known[id(value)] = make()
+            return known
+        self._all -= len(known) if isinstance(known, list) else 1
+        return known if self._all > 0 else "<…>"
 
     def of(self, value: Any, above: frozenset[int]) -> Any:
         if value is None or isinstance(value, (bool, int, float, str, bytes, complex, TensorInfo)):
@@ -43,7 +81,7 @@ class _Plain:
         if isinstance(value, (list, tuple)):
             return [self.of(v, above) for v in value]
         if isinstance(value, (set, frozenset)):
-            return sorted((self.of(v, above) for v in value), key=repr)
+            return self._once(value, lambda: sorted((self.of(v, above) for v in value), key=repr))
         return self._stub(value, above) if isinstance(value, Inert) else repr(value)
 
     def _stub(self, value: Inert, above: frozenset[int]) -> dict[str, Any]:
