@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test corpus types lint bench bench-scanners clean
+.PHONY: run test corpus fuzz types lint bench bench-scanners clean
 
 run: $(READY)  ## the main job: every way of saving x every way of loading, on a real resnet152
 	$(VENV)/bin/anycard matrix torchvision.models:resnet152
@@ -17,6 +17,12 @@ test: $(READY)
 corpus: $(READY)  ## every real checkpoint of tests/corpus/files.tsv (250 MB to download, 130 MB kept in the cache)
 	$(PY) tests/corpus/fetch.py
 	$(PY) -m pytest -n 2 --dist worksteal tests/test_corpus.py
+
+SECONDS ?= 60
+
+fuzz: $(READY)  ## every reader under a coverage-guided fuzzer, SECONDS=60 in all; Linux x86-64; finds become tests
+	$(PY) -m pip install -q -c constraints.txt -e ".[fuzz]"
+	cd tests && $(abspath $(PY)) -m fuzz --seconds $(SECONDS)
 
 types: $(READY)
 	$(VENV)/bin/mypy
