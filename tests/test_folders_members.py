@@ -190,12 +190,14 @@ def test_damage_in_a_member(tmp_path: Path) -> None:
         anycard.read(nemo)
 
 
+LONG = "/".join(["folder-with-a-name"] * 6) + "/weights-of-the-model.pth"
+
+
 def test_long_names_in_tars(tmp_path: Path) -> None:
     """More than 100 characters: in pax records, in GNU's way, in a prefix."""
-    name = "/".join(["folder-with-a-name"] * 6) + "/weights-of-the-model.pth"
     for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
-        path = tarred(tmp_path / f"{kind}.tar", {"a.txt": b"", name: packed(WANT)}, kind=kind)
-        assert_same(anycard.read(path, member=name), WANT)
+        path = tarred(tmp_path / f"{kind}.tar", {"a.txt": b"", LONG: packed(WANT)}, kind=kind)
+        assert_same(anycard.read(path, member=LONG), WANT)
         assert_same(anycard.read(path), WANT)
 
 

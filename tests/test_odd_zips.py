@@ -111,10 +111,14 @@ def test_folders_and_cases() -> None:
             index(rezip(good, change))
 
 
+def big_endian(array: Any) -> bytes:
+    changes = {"archive/byteorder": b"big", "archive/data/0": array.tobytes()}
+    return rezip(saved(GIVEN), lambda n, b: [(n, changes.get(n, b))])
+
+
 def test_big_endian() -> None:
     array = np.arange(9, dtype=">f4")
-    changes = {"archive/byteorder": b"big", "archive/data/0": array.tobytes()}
-    swapped = rezip(saved(GIVEN), lambda n, b: [(n, changes.get(n, b))])
+    swapped = big_endian(array)
     assert values(swapped) == array.tolist()
     assert anycard.read(io.BytesIO(swapped))["a"].tolist() == array.tolist()
 
@@ -133,8 +137,8 @@ def test_zip64_end_record_wins() -> None:
     assert values(bytes(lying)) == GIVEN["a"].tolist()
 
 
-def test_zip64_field_with_the_offset_alone() -> None:
-    """torch writes it for records behind 4 GiB: sizes in 32 bits, the header's offset in the field."""
+def with_offset_in_zip64_field() -> bytes:
+    """As torch writes it for records behind 4 GiB: sizes in 32 bits, the header's offset in the field."""
     good = saved(GIVEN)
     end64, first = good.rfind(b"PK\x06\x06"), good.find(b"PK\x01\x02")
     size, start = struct.unpack_from("<2Q", good, end64 + 40)
@@ -150,7 +154,11 @@ def test_zip64_field_with_the_offset_alone() -> None:
     tail = bytearray(good[end64:])
     tail[40:48] = struct.pack("<Q", size + 12)
     tail[56 + 8 : 56 + 16] = struct.pack("<Q", end64 + 12)
-    changed += bytes(tail)
+    return changed + bytes(tail)
+
+
+def test_zip64_field_with_the_offset_alone() -> None:
+    changed = with_offset_in_zip64_field()
     assert torch.load(io.BytesIO(changed), weights_only=True)["a"].equal(GIVEN["a"])
     assert values(changed) == GIVEN["a"].tolist()
 

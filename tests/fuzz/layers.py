@@ -38,9 +38,8 @@ def layers(data: bytes, depth: int = 3) -> list[Layer]:
 
 def _through(outer: Layer, inner: Layer) -> Layer:
     def rebuilt(new: bytes | None) -> bytes:
-        if inner.rebuilt is None or (new is None and outer.droppable and not inner.droppable):
-            return outer.rebuilt(None)
-        return outer.rebuilt(inner.rebuilt(new))
+        whole = new is None and not inner.droppable
+        return outer.rebuilt(None if whole else inner.rebuilt(new))
 
     return Layer(inner.data, rebuilt, outer.droppable or inner.droppable)
 
@@ -95,6 +94,9 @@ def _zip(data: bytes) -> Iterator[Layer]:
 def _tar(data: bytes) -> Iterator[Layer]:
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         members = [(m, f.read(_MOST)) for m in archive.getmembers()[:50] if (f := archive.extractfile(m))]
+    for member, _ in members:
+        start = member.offset
+        yield Layer(data[start : start + 512], lambda new, at=start: data[:at] + _header(new or b"") + data[at + 512 :])  # type: ignore[misc]
 
     def rebuilt(which: int, new: bytes | None) -> bytes:
         out = io.BytesIO()
@@ -109,3 +111,10 @@ def _tar(data: bytes) -> Iterator[Layer]:
 
     for index, (_, body) in enumerate(members):
         yield Layer(body, lambda new, which=index: rebuilt(which, new), droppable=True)  # type: ignore[misc]
+
+
+def _header(block: bytes) -> bytes:
+    """A header of a tar with its checksum right again."""
+    block = block[:512].ljust(512, b"\0")
+    total = sum(block) - sum(block[148:156]) + 8 * 32
+    return block[:148] + b"%06o\0 " % total + block[156:]

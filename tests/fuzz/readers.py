@@ -37,13 +37,30 @@ class Reader(NamedTuple):
 
 
 def _torch_zip(work: Path) -> Iterator[bytes]:
+    import numpy as np
+    import torch
+    from torch import nn
+
     import bombs
     from test_formats_tensors import kinds, saved
     from test_mutations import SEEDS
+    from test_odd_zips import big_endian, with_offset_in_zip64_field
 
     yield from (data for data in SEEDS if data.startswith(b"PK"))
     yield from (saved({"x": value}).getvalue() for value, _ in kinds().values())
-    yield from (data for bomb in bombs.READ + bombs.REFUSED if len(data := bomb()) < 4_000 and data[:2] == b"PK")
+    wrapped = nn.DataParallel(nn.Sequential(nn.Linear(1, 1)))
+    yield from (saved(value).getvalue() for value in (wrapped, {"model": wrapped.state_dict(), "epoch": 1}))
+    odd = torch.ones(2, 3, dtype=torch.complex64).conj()
+    yield saved(
+        {
+            "conj": odd,
+            "neg": torch.ones(2, dtype=torch.complex64).conj().imag,
+            "t": torch.ones(2, 3).T,
+            "e": torch.ones(1).expand(3),
+        }
+    ).getvalue()
+    yield from (with_offset_in_zip64_field(), big_endian(np.arange(9, dtype=">f4")))
+    yield from (data for bomb in bombs.REFUSED if len(data := bomb()) < 4_000 and data[:2] == b"PK")
 
 
 def _legacy_stream(work: Path) -> Iterator[bytes]:
@@ -92,10 +109,14 @@ def _torchscript(work: Path) -> Iterator[bytes]:
 
 
 def _package(work: Path) -> Iterator[bytes]:
+    import torch
     from torch import nn
 
-    from test_formats_archives import packaged
+    from test_formats_archives import Net, packaged, script
 
+    torch.package.package_exporter._gate_torchscript_serialization = False
+    packaged(work / "script", model={"net": script(Net(), "script")})
+    yield (work / "script").read_bytes()
     packaged(work / "one", model=nn.Linear(2, 3))
     packaged(work / "two", one=nn.Linear(2, 3), two=nn.Linear(2, 2).state_dict())
     yield from ((work / name).read_bytes() for name in ("one", "two"))
@@ -190,10 +211,10 @@ def _ranks(folder: Path, whole: Any) -> Path:
 def _holders(work: Path) -> Iterator[bytes]:
     from safetensors.torch import save
 
-    from test_folders_members import HOLDERS, WANT, packed
+    from test_folders_members import HOLDERS, LONG, WANT, packed
 
     files = {"notes.txt": b"x", "net.pt": packed(WANT), "optimizer.pt": packed({"state": {}}, True)}
-    few = {"nets/critic.safetensors": save(WANT)}
+    few = {LONG: save(WANT)}
     for name, make in HOLDERS.items():
         yield make(work / name, files).read_bytes()
         yield make(work / f"few {name}", few).read_bytes()
