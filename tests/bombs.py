@@ -550,3 +550,17 @@ def array_in_many_places() -> bytes:
 def arrays_of_the_same_bytes() -> bytes:
     make = b"\x80\x02" + _ARRAY + b"q\x000" + _DATA + b"q\x010](K\x01"
     return torch_zip(make + b"h\x00)Rh\x01b" * 20_000 + b"e.")
+
+
+@read
+def long_key_at_every_depth() -> bytes:
+    """Each path has the keys of all that lies above."""
+    down = b"}(h\x00" * 350 + tensor(ints(4), ints(1))
+    return torch_zip(
+        b"\x80\x02" + text("k" * 20_000) + b"q\x000" + down + b"".join(text(f"a{i}") + b"Nu" for i in range(350)) + b"."
+    )
+
+
+@read
+def long_key_above_many() -> bytes:
+    return torch_zip(b"}" + text("k" * 1_000_000) + b"](" + b"K\x01" * 50_000 + b"es.")

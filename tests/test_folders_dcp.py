@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 import anycard
 from anycard.disk.source import MemorySource
-from anycard.formats.assembled import Chunk, assemble
+from anycard.formats.assembled import Chunk, Prover, assemble
 from anycard.operations.fingerprinting import fingerprint
 from anycard.tensors import Storage, TensorInfo
 from helpers import assert_same, bits, filled, unchanged, weights
@@ -193,6 +193,14 @@ def _chunk(metadata: Metadata) -> Any:
     return metadata.state_dict_metadata["model.0.weight"].chunks[0]
 
 
+def _empty(metadata: Metadata) -> Any:
+    """A tensor without elements, in a million chunks."""
+    made, chunk = metadata.state_dict_metadata["model.0.weight"], _chunk(metadata)
+    made.size = chunk.sizes = torch.Size([0, 6])
+    made.chunks = [chunk] * 1_000_000
+    return made
+
+
 LIES: dict[str, Callable[[Metadata], None]] = {
     "a path elsewhere": lambda m: setattr(_entry(m), "relative_path", "../c/__0_0.distcp"),
     "an absolute path": lambda m: setattr(_entry(m), "relative_path", "/etc/hostname"),
@@ -206,6 +214,7 @@ LIES: dict[str, Callable[[Metadata], None]] = {
     "a larger chunk": lambda m: setattr(_chunk(m), "sizes", torch.Size([5, 7])),
     "a chunk twice": lambda m: m.state_dict_metadata["model.0.weight"].chunks.append(_chunk(m)),
     "a chunk a million times": lambda m: m.state_dict_metadata["model.0.weight"].chunks.extend([_chunk(m)] * 1_000_000),
+    "no elements a million times": lambda m: m.state_dict_metadata.update({"model.0.weight": _empty(m)}),
     "one entry for two": lambda m: m.storage_data.update({MetadataIndex("model.2.weight", (0, 0)): _entry(m)}),
     "no chunks": lambda m: m.state_dict_metadata["model.0.weight"].chunks.clear(),
     "another dtype": lambda m: setattr(m.state_dict_metadata["model.0.weight"].properties, "dtype", torch.int64),
@@ -307,3 +316,21 @@ def test_overlapping_boxes_of_the_right_size() -> None:
     chunks = [Chunk((0, 0), TensorInfo("int8", (2, 2), storage)), Chunk((1, 0), TensorInfo("int8", (2, 2), storage))]
     with pytest.raises(anycard.FormatError, match="overlap"):
         assemble("t", MemorySource("f", b""), "int8", (4, 2), chunks)
+
+
+def _crossed(rows: int, rank: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Rows, each cut elsewhere: no two pieces meet, and in the dimension that is cut most nearly all do."""
+    rest = (0,) * rank, (1,) * rank
+    left = [((0, i, *rest[0]), (1 + i, 1, *rest[1])) for i in range(rows)]
+    return left + [((1 + i, i, *rest[0]), (rows - i, 1, *rest[1])) for i in range(rows)]
+
+
+def test_boxes_that_take_long_to_compare() -> None:
+    """Odd cuts of one tensor are proved; of tensor after tensor they are refused before they take a second."""
+    prover = Prover()
+    prover.prove("t", (451, 450, *[1] * 60), _crossed(450, 60))
+    with pytest.raises(anycard.FormatError, match="endless"):
+        prover.prove("t", (451, 450, *[1] * 60), _crossed(450, 60))
+    mesh = Prover()
+    for _ in range(30):  # however many tensors lie on a mesh of 16 x 16
+        mesh.prove("t", (16, 16), [((a, b), (1, 1)) for a in range(16) for b in range(16)])

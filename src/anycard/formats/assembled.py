@@ -13,8 +13,7 @@ from anycard.tensors import DTYPES, Storage, TensorInfo
 
 _BLOCK = 1 << 20  # bytes of short runs that are read at once
 _LONG = 1 << 14  # a run of so many bytes is read straight to where it stays
-_MOST_COMPARED = 1_000_000
-
+_COMPARED = 300_000  # pairs of boxes of all tensors of a read, and some more for each box: grids have few
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # where it begins, and its sizes
 
@@ -26,14 +25,69 @@ class Chunk(NamedTuple):
     info: TensorInfo
 
 
-def assemble(name: str, owner: Source, dtype: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> TensorInfo:
+class Prover:
+    """Proves of the tensors of one read that boxes fill them; how much it compares is bounded over all of them."""
+
+    def __init__(self) -> None:
+        self._left = _COMPARED
+
+    def prove(self, name: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
+        """Boxes, none of them empty, fill a tensor once and wholly.
+
+        Raises:
+            FormatError: One lies outside, two overlap, or elements are missing.
+        """
+        for at, size in boxes:
+            inside = len(at) == len(size) == len(shape)
+            if not inside or any(a + n > most for a, n, most in zip(at, size, shape, strict=True)):
+                raise FormatError(
+                    f"{name}: a chunk of {list(size)} at {list(at)} lies outside {list(shape)}", name=name
+                )
+        have, want = sum(math.prod(size) for _, size in boxes), math.prod(shape)
+        if have != want:
+            raise FormatError(f"{name} is not whole: its chunks have {have:,} elements of {want:,}", name=name)
+        self._left += 64 * len(boxes)
+        self._refuse_overlap(name, _cut(boxes, len(shape)))
+
+    def _refuse_overlap(self, name: str, boxes: Sequence[Box]) -> None:
+        """In the order of the dimension that is cut most, only boxes that reach a box are compared with it."""
+        rank = len(boxes[0][0]) if boxes else 0
+        if not rank and len(boxes) > 1:
+            raise FormatError(f"{name}: its chunks overlap", name=name)
+        cut = max(range(rank), key=lambda d: len({at[d] for at, _ in boxes}), default=0)
+        near: list[Box] = []
+        for at, size in sorted(boxes, key=lambda box: box[0][cut : cut + 1]):
+            near = [(bt, m) for bt, m in near if bt[cut] + m[cut] > at[cut]]
+            self._left -= len(near)
+            if self._left < 0 or any(_meet(at, size, bt, m) for bt, m in near):
+                raise FormatError(f"{name}: its chunks overlap, or are cut in an endless way", name=name)
+            near.append((at, size))
+
+
+def _cut(boxes: Sequence[Box], rank: int) -> list[Box]:
+    """The boxes in the dimensions in which they differ: in the others, all meet."""
+    kept = [d for d in range(rank) if len({(at[d], size[d]) for at, size in boxes}) > 1]
+    return [(tuple(at[d] for d in kept), tuple(size[d] for d in kept)) for at, size in boxes]
+
+
+def assemble(
+    name: str,
+    owner: Source,
+    dtype: str,
+    shape: tuple[int, ...],
+    chunks: Sequence[Chunk],
+    prover: Prover | None = None,
+) -> TensorInfo:
     """The tensor that chunks make, proved to fill it once and wholly.
+
+    Args:
+        prover: That of the read, where it makes many.
 
     Raises:
         FormatError: A chunk lies outside, overlaps another, or elements are missing.
     """
     chunks = [chunk for chunk in chunks if chunk.info.numel]
-    prove_boxes(name, shape, [(chunk.offsets, chunk.info.shape) for chunk in chunks])
+    (prover or Prover()).prove(name, shape, [(chunk.offsets, chunk.info.shape) for chunk in chunks])
     whole = len(chunks) == 1 and chunks[0].info.shape == shape
     if whole:
         return chunks[0].info
@@ -44,37 +98,6 @@ def assemble(name: str, owner: Source, dtype: str, shape: tuple[int, ...], chunk
         return TensorInfo(dtype, shape, Storage(name, nbytes, missing=why))
     source = Assembled(owner.name, shape, DTYPES[dtype].itemsize, chunks)
     return TensorInfo(dtype, shape, Storage(name, nbytes, "cpu", source, 0))
-
-
-def prove_boxes(name: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
-    """Boxes, none of them empty, fill a tensor once and wholly.
-
-    Raises:
-        FormatError: One lies outside, two overlap, or elements are missing.
-    """
-    for at, size in boxes:
-        inside = len(at) == len(size) == len(shape)
-        if not inside or any(a + n > most for a, n, most in zip(at, size, shape, strict=True)):
-            raise FormatError(f"{name}: a chunk of {list(size)} at {list(at)} lies outside {list(shape)}", name=name)
-    have, want = sum(math.prod(size) for _, size in boxes), math.prod(shape)
-    if have != want:
-        raise FormatError(f"{name} is not whole: its chunks have {have:,} elements of {want:,}", name=name)
-    _refuse_overlap(name, boxes, len(shape))
-
-
-def _refuse_overlap(name: str, boxes: Sequence[Box], rank: int) -> None:
-    """In the order of the dimension that is cut most, only boxes that reach a box are compared with it."""
-    if len(boxes) < 2 or not rank:
-        return
-    cut = max(range(rank), key=lambda d: len({at[d] for at, _ in boxes}))
-    near: list[Box] = []
-    compared = 0
-    for at, size in sorted(boxes, key=lambda box: box[0][cut]):
-        near = [(bt, m) for bt, m in near if bt[cut] + m[cut] > at[cut]]
-        compared += len(near)
-        if compared > _MOST_COMPARED or any(_meet(at, size, bt, m) for bt, m in near):
-            raise FormatError(f"{name}: its chunks overlap, or are cut in an endless way", name=name)
-        near.append((at, size))
 
 
 def _meet(at: tuple[int, ...], size: tuple[int, ...], bt: tuple[int, ...], m: tuple[int, ...]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from anycard.disk.folder import Folder, plain_parts
 from anycard.disk.source import Source, WindowSource
 from anycard.errors import FormatError
-from anycard.formats.assembled import Chunk, assemble, prove_boxes
+from anycard.formats.assembled import Chunk, Prover, assemble
 from anycard.formats.index import Index
 from anycard.formats.nested import nested
 from anycard.formats.registry import read_file_index
@@ -41,7 +41,7 @@ def read_index(folder: Folder, limits: Limits) -> Index:
         described = state.get("state_dict_metadata")
         if not isinstance(described, dict) or not all(isinstance(name, str) for name in described):
             raise FormatError("its metadata lists no tensors", offset=0)
-        entries = _Entries(folder, state.get("storage_data"), limits)
+        entries = _Entries(folder, state.get("storage_data"), limits, source.size)
         values = {name: _value(name, entry, entries, limits) for name, entry in described.items()}
         paths = state.get("planner_data")
         tree = nested(values, paths if isinstance(paths, dict) else {})
@@ -74,8 +74,10 @@ def _sizes(value: Any, limits: Limits) -> tuple[int, ...]:
 class _Entries:
     """What `storage_data` says of each chunk: file, offset, length. Each entry is read once."""
 
-    def __init__(self, folder: Folder, held: Any, limits: Limits) -> None:
+    def __init__(self, folder: Folder, held: Any, limits: Limits, nbytes: int) -> None:
         self.folder = folder
+        self._chunks = 10_000 + nbytes // 8  # each takes some bytes, where it is not the same again and again
+        self.prover = Prover()
         self._limits = limits
         self._infos: dict[_Place, Mapping[str, Any]] = {}
         if not isinstance(held, dict):
@@ -104,6 +106,13 @@ class _Entries:
             raise FormatError(message, path=self.folder.name, name=missing[0])
         for name, held in ranges.items():
             _prove_ranges(self.folder.open(name), held)
+
+    def count(self, chunks: list[Any], name: str) -> None:
+        """Refuse more chunks, of all tensors, than the metadata has room for."""
+        self._chunks -= len(chunks)
+        if self._chunks < 0:
+            message = f"DCP's metadata lists {short(name)!r} in more chunks than it has room for (a bomb?)"
+            raise FormatError(message, offset=0, name=short(name))
 
     def find(self, name: str, offset: tuple[int, ...] | None) -> Mapping[str, Any]:
         """Where an entry lies; a tensor in one piece may be kept without an offset."""
@@ -148,13 +157,16 @@ def _value(name: str, described: Any, entries: _Entries, limits: Limits) -> Any:
     dtype, shape, chunks = _dtype(fields.get("properties")), _sizes(fields.get("size"), limits), fields.get("chunks")
     if not isinstance(chunks, list):
         raise FormatError(f"{short(name)!r} has no list of chunks", offset=0, name=short(name))
+    entries.count(chunks, name)
     boxes = [_state(chunk, "ChunkStorageMetadata") for chunk in chunks]
     places = [(_sizes(box.get("offsets"), limits), _sizes(box.get("sizes"), limits)) for box in boxes]
     places = [(at, size) for at, size in places if 0 not in size]
-    prove_boxes(short(name), shape, places)  # before any is read: a list may have the same chunk a million times
+    entries.prover.prove(
+        short(name), shape, places
+    )  # before any is read: a list may have the same chunk a million times
     made = [Chunk(at, _chunk(name, dtype, at, size, entries)) for at, size in places]
     if made:
-        return assemble(short(name), entries.folder, dtype, shape, made)
+        return assemble(short(name), entries.folder, dtype, shape, made, entries.prover)
     return TensorInfo(dtype, shape, Storage(short(name), 0, data=b""))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from anycard.disk.folder import Folder
 from anycard.errors import FormatError
 from anycard.formats import safetensors
-from anycard.formats.assembled import Chunk, assemble
+from anycard.formats.assembled import Chunk, Prover, assemble
 from anycard.formats.index import Index
 from anycard.limits import Limits
 from anycard.pickles.views import MOST_ELEMENTS, short
@@ -45,7 +45,8 @@ def read_index(folder: Folder, files: Sequence[str], limits: Limits) -> Index:
         except FormatError as error:
             error.path = error.path or source.name
             raise
-    tree = {name: _whole(folder, name, held) for name, held in chunks.items()}
+    prover = Prover()
+    tree = {name: _whole(folder, name, held, prover) for name, held in chunks.items()}
     return Index("DCP", tree, folder)
 
 
@@ -68,7 +69,7 @@ def _begin(offsets: dict[str, Any], name: str, rank: int) -> tuple[int, ...]:
     return tuple(at)
 
 
-def _whole(folder: Folder, name: str, chunks: list[Chunk]) -> Any:
+def _whole(folder: Folder, name: str, chunks: list[Chunk], prover: Prover) -> Any:
     dtype = chunks[0].info.dtype
     if any(c.info.dtype != dtype or len(c.offsets) != len(chunks[0].offsets) for c in chunks):
         raise FormatError(f"the chunks of {short(name)!r} do not go together", path=folder.name, name=short(name))
@@ -76,4 +77,4 @@ def _whole(folder: Folder, name: str, chunks: list[Chunk]) -> Any:
     shape = tuple(max(column) for column in zip(*ends, strict=True))
     if not all(c.info.numel for c in chunks) and 0 in shape:
         return chunks[0].info
-    return assemble(short(name), folder, dtype, shape, chunks)
+    return assemble(short(name), folder, dtype, shape, chunks, prover)

@@ -13,6 +13,9 @@ from anycard.pickles.composite import Composite
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
+_LONG = 256  # characters of a path
+_CHARACTERS = 16 << 20  # of all paths, beyond that
+
 
 @dataclass
 class Contents:
@@ -65,10 +68,11 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
                 _keep(found, join(path, name), child)  # type: ignore[arg-type]
             continue
         for name, child in reversed(children):
+            below = count.path(join(path, name))
             if isinstance(child, TensorInfo) and child.is_array and not arrays:
-                found.objects[join(path, name)] = child
+                found.objects[below] = child
             else:
-                stack.append((join(path, name), child, inside, repeated))
+                stack.append((below, child, inside, repeated))
     return found
 
 
@@ -78,12 +82,16 @@ def _keep(found: Contents, path: str, info: TensorInfo) -> None:
 
 
 class _Count:
-    """Bounds on a walk: parts in all, and parts that were met before."""
+    """Bounds on a walk: parts in all, parts that were met before, and the text of paths.
+
+    A long key costs its bytes once in the file, and in the path of all that lies below it.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._nodes = 0
         self._repeats = 0
+        self._characters = 0
         self._seen: set[int] = set()
 
     def one(self, repeated: bool, parts: int = 1) -> None:
@@ -91,6 +99,13 @@ class _Count:
         self._repeats += repeated * parts
         if self._nodes > self._limits.nodes or self._repeats > self._limits.repeats:
             raise FormatError("the file's object has more parts than anything real (a bomb?)")
+
+    def path(self, path: str) -> str:
+        """The same path, counted when it is made: a dict's entries are many."""
+        self._characters += len(path) - _LONG
+        if self._characters > _CHARACTERS:
+            raise FormatError(f"the paths of the file's object are longer than anything real: {path[:200]}…")
+        return path
 
     def again(self, obj: object) -> bool:
         """It was met before: what lies below counts as repeated."""
