@@ -83,10 +83,16 @@ def _refuse_bomb(records: Iterable[Record], start: int) -> None:
 
 
 def _without_crc(records: dict[str, Record]) -> dict[str, Record]:
-    """torch writes CRC 0 for all records where CRCs are switched off; a single 0 is a CRC."""
-    if any(r.crc for r in records.values() if r.nbytes):
-        return records
-    return {name: r._replace(crc=None) if r.nbytes else r for name, r in records.items()}
+    """torch writes CRC 0 for all records where CRCs are off, for all storages in a file that is filled later.
+
+    A single 0 beside others is a CRC. Source: torch.serialization.skip_data.
+    """
+    filled = {name for name, record in records.items() if record.nbytes}
+    storages = {name for name in filled if name.rpartition("/")[0].rpartition("/")[2] == "data"}
+    for group in (filled, storages):
+        if group and not any(records[name].crc for name in group):
+            return {name: r._replace(crc=None) if name in group else r for name, r in records.items()}
+    return records
 
 
 def _find_end(source: Source) -> tuple[int, int, int]:

@@ -151,7 +151,7 @@ def _inert_children(obj: Inert) -> Iterator[tuple[str, object]]:
     if inner is not None:
         yield "_orig_mod", inner
         return
-    inside: object = obj.state
+    inside: object = obj.state if obj.attributes is None else obj.attributes
     if isinstance(inside, Mapping):
         yield from items(inside)
     elif isinstance(inside, (list, tuple)):

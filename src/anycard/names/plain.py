@@ -87,12 +87,13 @@ class Plain:
     def _stub(self, value: Inert, above: frozenset[int]) -> dict[str, Any]:
         data: dict[str, Any] = {"__class__": value.path}
         state: Any = value.state
+        attributes = value.attributes
         if is_module(value):
             return data
         if isinstance(value, Composite) and value.parts is not None:
             return {**data, "why": value.why, **{name: self.of(part, above) for name, part in value.parts.items()}}
-        if isinstance(state, Mapping):
-            data.update({str(k): self.of(v, above) for k, v in state.items()})
+        if attributes is not None:
+            data.update({str(k): self.of(v, above) for k, v in attributes.items()})
         elif state is not None:
             data["state"] = self.of(state, above)
         for label, held in (("args", value.args), ("items", value.items), ("pairs", value.pairs)):

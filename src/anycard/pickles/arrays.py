@@ -9,7 +9,7 @@ from typing import Any
 from anycard.errors import FormatError
 from anycard.pickles.budget import Budget
 from anycard.pickles.stubs import Inert
-from anycard.pickles.views import ints, sized, view
+from anycard.pickles.views import Built, ints, sized, view
 from anycard.tensors import ARRAY, BY_NUMPY, Storage, TensorInfo, row_major
 
 TYPE_CHECKING = False
@@ -17,16 +17,11 @@ if TYPE_CHECKING:
     from anycard.pickles.machine import Machine
 
 
-class ArrayStub(Inert):
-    """An array on its way through REDUCE and BUILD.
-
-    Attributes:
-        result: The tensor, once it is known.
-    """
+class ArrayStub(Built):
+    """An array on its way through REDUCE and BUILD."""
 
     module, name = "numpy", "ndarray"
     budget: Budget
-    result: TensorInfo | None = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

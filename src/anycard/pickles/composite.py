@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 from anycard.pickles.budget import Budget
 from anycard.pickles.stubs import Inert
-from anycard.pickles.views import StoredStorage, ints, view
+from anycard.pickles.views import INTEGERS, StoredStorage, ints, view
 from anycard.tensors import DTYPES, Storage, TensorInfo
 
-_INTEGERS = {"qint8": "int8", "quint8": "uint8", "qint32": "int32"}
 _COMPRESSED = {
     "sparse_csr": ("crow_indices", "col_indices"), "sparse_bsr": ("crow_indices", "col_indices"),
     "sparse_csc": ("ccol_indices", "row_indices"), "sparse_bsc": ("ccol_indices", "row_indices"),
@@ -53,13 +52,16 @@ def _quantised(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | Non
     if len(args) < 5 or not isinstance(args[0], StoredStorage) or type(args[4]) is not tuple:
         return None
     stored, scheme = args[0], args[4]
-    dtype = _INTEGERS.get(type(stored).dtype or "")
-    if stored.storage is None or dtype is None or len(scheme) not in (3, 4):
-        return None  # packed below a byte: the storage is listed
-    start = stored.start + ints(budget, (args[1],), "offset")[0] * DTYPES[dtype].itemsize
-    size, stride = ints(budget, args[2], "shape"), ints(budget, args[3], "stride")
+    dtype = type(stored).dtype or ""
+    if stored.storage is None or dtype not in INTEGERS or len(scheme) not in (3, 4):
+        return None
     names = ("scale", "zero_point") if len(scheme) == 3 else ("scales", "zero_points", "axis")
-    return {"int_repr": view(stored.storage, dtype, start, size, stride), **dict(zip(names, scheme[1:], strict=True))}
+    size, stride = ints(budget, args[2], "shape"), ints(budget, args[3], "stride")
+    scales = dict(zip(names, scheme[1:], strict=True))
+    if dtype in ("quint4x2", "quint2x4"):  # several elements a byte
+        return {"packed": stored.args[0], "size": size, **scales}
+    start = stored.start + ints(budget, (args[1],), "offset")[0] * DTYPES[dtype].itemsize
+    return {"int_repr": view(stored.storage, INTEGERS[dtype], start, size, stride), **scales}
 
 
 def _nested(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:
@@ -70,11 +72,13 @@ def _nested(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:
 def _subclass(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:
     """(function, class, its arguments, state): the tensors that the object keeps."""
     state = args[3] if len(args) == 4 else None
-    state = state[0] if type(state) is tuple and state else state
-    if not isinstance(state, dict) or not any(isinstance(value, TensorInfo) for value in state.values()):
-        return None
-    budget.spend(len(state))
-    return {str(name): value for name, value in state.items()}
+    parts: dict[str, Any] = {}
+    # A dict of attributes, or beside them the slots' own, or what a `__getstate__` made.
+    for index, held in enumerate(state if type(state) is tuple else (state,)):
+        budget.spend(len(held) if isinstance(held, dict) else 1)
+        parts.update({str(n): v for n, v in held.items()} if isinstance(held, dict) else {str(index): held})
+    parts = {name: value for name, value in parts.items() if value is not None}
+    return parts if any(isinstance(value, (TensorInfo, Composite)) for value in parts.values()) else None
 
 
 def _elsewhere(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from anycard.errors import FormatError
 from anycard.pickles.arrays import FollowedArray, bytes_of, from_buffer, reconstruct, scalar
 from anycard.pickles.budget import Budget
 from anycard.pickles.composite import COMPOSITES, ON_DEVICE, Composite, rebuild_on_device
 from anycard.pickles.stubs import Counted, Defaulting, Inert, Size, inert_class
-from anycard.pickles.views import StoredStorage, ints, sized, view
+from anycard.pickles.views import INTEGERS, Built, StoredStorage, ints, sized, view
 from anycard.tensors import BY_STORAGE, DTYPES, Storage, TensorInfo
 
 
@@ -50,6 +50,8 @@ def _make(
 ) -> TensorInfo:
     if stored.storage is None:
         raise FormatError("a tensor of a storage that no persistent id names")
+    if dtype in INTEGERS:
+        raise FormatError(f"a {dtype} tensor without a scale")
     first = ints(budget, (offset,), "offset")[0]
     start = stored.start + first * DTYPES[dtype].itemsize
     bits = metadata if isinstance(metadata, dict) else {}
@@ -66,6 +68,27 @@ def rebuild_parameter(
     if not isinstance(data, TensorInfo):
         return data
     return data.replace(parameter=True, requires_grad=requires_grad is True)
+
+
+def parameter(budget: Budget, data: Any = None, requires_grad: Any = True) -> Any:
+    """The class called, as torch below 1.0 pickled parameters."""
+    return rebuild_parameter(budget, data, requires_grad) if isinstance(data, TensorInfo) else NotImplemented
+
+
+def variable(budget: Budget, data: Any = None, *rest: Any) -> Any:
+    """torch.autograd.Variable below 0.4, and nn.Buffer: the tensor itself."""
+    return data if isinstance(data, TensorInfo) else NotImplemented
+
+
+class OldTensor(Built):
+    """A tensor as torch below 0.2 pickled it: made empty, its BUILD brings (storage, offset, size, stride)."""
+
+    budget: ClassVar[Budget]
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+        if type(state) is tuple and len(state) == 4 and isinstance(state[0], StoredStorage):
+            self.result = rebuild_tensor(self.budget, *state)
 
 
 def rebuild_from_type(budget: Budget, func: Any, kind: Any, args: Any, state: Any) -> Any:
@@ -238,6 +261,9 @@ _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("copyreg", "_reconstructor"): reconstructor,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): rebuild_meta,
     ("torch._tensor", "_rebuild_from_type_v2"): rebuild_from_type,
+    ("torch.nn.parameter", "Parameter"): parameter,
+    ("torch.nn.parameter", "Buffer"): variable,
+    ("torch.autograd.variable", "Variable"): variable,
     ("torch", "Size"): _size,
 }
 _TABLE.update({("builtins", _name): _make_it for _name, _make_it in _BUILTINS.items()})
@@ -249,6 +275,7 @@ _JOBLIB = ("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")
 _TABLE.update(dict.fromkeys(ON_DEVICE, rebuild_on_device))
 for _name in ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag"):
     _TABLE["torch.jit._pickle", _name] = same
+_OLD = frozenset(["Tensor", *(name.replace("Storage", "Tensor") for name in BY_STORAGE)])
 _UNTYPED = frozenset(["UntypedStorage", "TypedStorage", "_UntypedStorage", "_TypedStorage"])
 
 
@@ -274,6 +301,8 @@ class Globals:
                 return inert_class(module, name, StoredStorage)
             if name in BY_STORAGE:
                 return inert_class(module, name, StoredStorage, dtype=BY_STORAGE[name].name)
+            if name in _OLD:
+                return inert_class(module, name, OldTensor, budget=self._budget)
         if self._budget.embedded is not None:
             if (module, name) == ("torch.storage", "_load_from_bytes"):
                 return inert_class(module, name, make=partial(load_from_bytes, self._budget))

@@ -10,12 +10,13 @@ from typing import Any
 
 from anycard.errors import FormatError
 from anycard.limits import Limits
-from anycard.pickles.arrays import ArrayStub, FollowedArray
+from anycard.pickles.arrays import FollowedArray
 from anycard.pickles.budget import Budget
 from anycard.pickles.known import Globals
 from anycard.pickles.opcodes import MARK, PUSHES, STEPS
 from anycard.pickles.shortcut import Shortcut
 from anycard.pickles.stubs import Inert
+from anycard.pickles.views import Built
 from anycard.tensors import TensorInfo
 
 # What a damaged pickle makes Python raise on its way through the steps.
@@ -206,7 +207,7 @@ class Machine:
         raise FormatError("the pickle's stack has no mark")
 
     def recall(self, index: int) -> Any:
-        """A value of the memo; a finished array is its tensor."""
+        """A value of the memo; a finished array or tensor is its tensor."""
         value = self.memo.get(index, MARK)
         if value is MARK:
             self.settle()
@@ -215,7 +216,7 @@ class Machine:
                 raise FormatError("the pickle's memo lacks what is asked of it")
         if value is self._maker and self.shortcut is not None:
             return self.shortcut.tensor() or value
-        if isinstance(value, ArrayStub) and value.result is not None:
+        if isinstance(value, Built) and value.result is not None:
             return value.result
         return value
 
@@ -276,13 +277,16 @@ class Machine:
             # A state dict's `_metadata`; nothing that would stand before the dict's own methods.
             own = {k: v for k, v in state.items() if isinstance(k, str) and not hasattr(OrderedDict, k)}
             target.__dict__.update(own)
-        elif not isinstance(target, (dict, list, set, TensorInfo)):
+        elif isinstance(target, TensorInfo):
+            if target.parameter and type(state) is tuple and state[:1] == (False,):
+                target.requires_grad = False  # below torch 0.4; the parameter was made for this very object
+        elif not isinstance(target, (dict, list, set)):
             raise FormatError(f"BUILD on a {type(target).__name__}")
 
     def _settled(self, target: Inert) -> Any:
         if isinstance(target, FollowedArray):
             target.follow(self)
-        return target.result if isinstance(target, ArrayStub) and target.result is not None else target
+        return target.result if isinstance(target, Built) and target.result is not None else target
 
     def append(self, items: list[Any]) -> None:
         """APPENDS and ADDITEMS to the top object."""

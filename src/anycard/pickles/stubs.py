@@ -73,6 +73,16 @@ class Inert:
         self.pairs.append((key, value))
 
     @property
+    def attributes(self) -> Mapping[Any, Any] | None:
+        """The state by name: a dict, or as pickle spells slots, (dict or None, dict); None where it is neither."""
+        state = self.state
+        if type(state) is tuple and len(state) == 2 and isinstance(state[1], Mapping):
+            outer = {} if state[0] is None else state[0]
+            if isinstance(outer, Mapping) and not outer.keys() & state[1].keys():
+                return {**outer, **state[1]}
+        return state if isinstance(state, Mapping) else None
+
+    @property
     def path(self) -> str:
         """`module.name` of its class."""
         return f"{type(self).module}.{type(self).name}"

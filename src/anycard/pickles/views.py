@@ -11,6 +11,18 @@ from anycard.tensors import DTYPES, Storage, TensorInfo, span_numel
 
 # Sizes, strides and offsets in bytes then fit 64 bits: the widest element has 16.
 MOST_ELEMENTS = 1 << 58
+# Quantised dtypes, and what their elements are without a scale; two and four of them may share a byte.
+INTEGERS = {"qint8": "int8", "quint8": "uint8", "qint32": "int32", "quint4x2": "uint8", "quint2x4": "uint8"}
+
+
+class Built(Inert):
+    """An object that its BUILD makes a tensor.
+
+    Attributes:
+        result: The tensor, once it is known.
+    """
+
+    result: TensorInfo | None = None
 
 
 class StoredStorage(Inert):
@@ -38,7 +50,8 @@ class StoredStorage(Inert):
         """The storage as a tensor of one dimension; made when asked for, as hardly anyone does."""
         if self.storage is None:
             return ()
-        return (TensorInfo(type(self).dtype or "uint8", (self.numel,), self.storage, start=self.start),)
+        dtype = type(self).dtype or "uint8"
+        return (TensorInfo(INTEGERS.get(dtype, dtype), (self.numel,), self.storage, start=self.start),)
 
 
 def is_storage_class(kind: Any) -> TypeGuard[type[StoredStorage]]:

@@ -15,6 +15,7 @@ from anycard.pickles.writer import GlobalRef, Reduced
 from anycard.torch.state import state_of
 from anycard.torch.storages import Storages
 
+_PLAIN = (bool, int, float, str, bytes, complex)
 _DEEPEST = 200  # levels of containers; a dict that holds itself has no end
 
 
@@ -30,7 +31,7 @@ def plain_data(value: Any, storages: Storages, mark: dict[str, Any], name: str =
     """
     if depth > _DEEPEST:
         raise CheckpointError(f"{name[:200]} is nested deeper than {_DEEPEST} levels: does it hold itself?", name=name)
-    if value is None or type(value) in (bool, int, float, str, bytes, complex):
+    if value is None or type(value) in _PLAIN:
         return value
     if isinstance(value, torch.Tensor):
         return storages.ref(value, name or "the tensor")
@@ -66,13 +67,30 @@ def _small(value: Any, storages: Storages, mark: dict[str, Any], name: str, dept
     if isinstance(value, torch.device):
         args = (value.type,) if value.index is None else (value.type, value.index)
         return Reduced(GlobalRef("torch", "device"), args)
-    if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-        return value.item()
-    if type(value).__module__ == "numpy" and hasattr(value, "__array__"):
-        return storages.ref(torch.from_numpy(value.copy()), name)
-    if callable(getattr(value, "state_dict", None)):
+    if type(value).__module__ == "numpy":
+        return _of_numpy(value, storages, name)
+    if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
         return plain_data(value.state_dict(), storages, mark, name, depth)
-    raise CheckpointError(
+    raise _refused(value, name)
+
+
+def _of_numpy(value: Any, storages: Storages, name: str) -> Any:
+    """A scalar as a plain number, an array as a tensor."""
+    import numpy as np
+
+    if isinstance(value, np.generic) and type(value.item()) in _PLAIN:
+        return value.item()
+    if isinstance(value, np.ndarray):
+        try:
+            held = torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="K"))
+        except TypeError:
+            raise CheckpointError(f"{name} is a numpy array of {value.dtype}, which torch lacks", name=name) from None
+        return storages.ref(held, name)
+    raise _refused(value, name)
+
+
+def _refused(value: Any, name: str) -> CheckpointError:
+    return CheckpointError(
         f"{name or 'the object'} is a {type(value).__module__}.{type(value).__qualname__}: only tensors, plain data "
         "and objects with state_dict are saved (for a Namespace or dataclass, save vars(it))",
         name=name,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from anycard.disk.pieces import Lazy, Piece
 from anycard.errors import CheckpointError
@@ -84,7 +85,7 @@ class SharedStorages(Storages):
 
     def note(self, tensor: torch.Tensor) -> None:
         """Widen the span of the tensor's storage."""
-        if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+        if tensor.layout is not torch.strided or tensor.is_meta or is_lazy(tensor) or not tensor.numel():
             return
         size = tensor.element_size()
         start = int(tensor.storage_offset()) * size
@@ -119,14 +120,28 @@ def _span_bytes(storage: torch.UntypedStorage, start: int, nbytes: int) -> memor
 
 
 def refuse_kinds(tensor: torch.Tensor, name: str) -> None:
-    """CheckpointError for a tensor that is not written: sparse, quantised, nested, on meta, of unknown dtype."""
+    """CheckpointError for a tensor that is not written: sparse, nested, on meta, without memory, of unknown dtype…"""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
         raise CheckpointError(f"{name} is a {kind} tensor; only dense tensors are written", name=name)
+    if is_lazy(tensor):
+        raise CheckpointError(f"{name} is not initialised yet: run the model once before it is saved", name=name)
     if tensor.is_meta:
         raise CheckpointError(f"{name} stands on the meta device: it has no values to save", name=name)
+    if not _has_memory(tensor):
+        kind = type(tensor).__name__
+        message = f"{name} is a {kind}, a tensor subclass without memory of its own: save the tensors that it keeps"
+        raise CheckpointError(message, name=name)
     if tensor.dtype not in FROM_TORCH:
         raise CheckpointError(f"{name}: {tensor.dtype} cannot be written", name=name)
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    try:
+        tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
