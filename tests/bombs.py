@@ -517,6 +517,22 @@ def one_tensor_of_endless_rows() -> bytes:
 
 
 @read
+def calls_within_calls() -> bytes:
+    """Any of them could be a module that another wraps: each must be looked at once."""
+    shared = b"cx\ny\nq\x00)Rq\x01" + b"".join(
+        b"h\x00(" + b"h%c" % level * 8 + b"tRq%c" % (level + 1) for level in range(1, 5)
+    )
+    return torch_zip(b"](" + shared + (b"h\x00(" + b"h\x05" * 8 + b"tR") * 20_000 + b"e.")
+
+
+@read
+def calls_that_share_large_arguments() -> bytes:
+    """Any of them could hold a module's state."""
+    large = b"}(" + b"".join(text(str(i)) + b"]" for i in range(2_000)) + b"uq\x00"
+    return torch_zip(b"](" + large + b"cx\ny\nq\x01" + b"h\x01h\x00\x85R" * 20_000 + b"e.")
+
+
+@read
 def many_marks() -> bytes:
     return torch_zip(b"(" * 300_000 + b"t" * 300_000 + b".")
 

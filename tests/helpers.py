@@ -189,3 +189,18 @@ def on_meta(build: Any) -> nn.Module:
     """The model without memory."""
     with torch.device("meta"):
         return build()
+
+
+class Reduced:
+    """Pickles as the call, with the state, that an older torch wrote."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def old_tensor(view: torch.Tensor, kind: Any = torch.FloatTensor) -> Reduced:
+    """As torch below 0.2: the class called, and a state."""
+    return Reduced(kind, (), (view.storage(), view.storage_offset(), tuple(view.shape), view.stride()))

@@ -77,9 +77,12 @@ sys.path.insert(0, sys.argv[1])
 import io
 import bombs
 from anycard.disk.source import StreamSource
-from anycard.errors import FormatError
+from anycard.checkpoint import Checkpoint
+from anycard.errors import CheckpointError, FormatError
 from anycard.formats.registry import read_index
 from fuzz.ends import end_of
+
+from anycard.names.module_tree import tree_lines
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), used + (1 << 30)))
 for bomb in (*bombs.REFUSED, *bombs.READ):
@@ -87,8 +90,13 @@ for bomb in (*bombs.REFUSED, *bombs.READ):
     source = StreamSource(bomb.__name__, io.BytesIO(data))
     start = time.process_time()
     try:
-        read_index(source)
+        ckpt = Checkpoint(source, read_index(source))
         end = "read"
+        for look in (lambda: ckpt.objects, ckpt.weights, lambda: ckpt.wrappers, lambda: list(tree_lines(ckpt.tree))):
+            try:
+                look()
+            except CheckpointError:
+                continue
     except FormatError as error:
         end = "refused" if error.offset is not None else "refused without an offset"
     seconds = time.process_time() - start

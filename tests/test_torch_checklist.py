@@ -30,7 +30,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import anycard
-from helpers import assert_same, assert_same_bits, quiet
+from helpers import Reduced, assert_same, assert_same_bits, old_tensor, quiet
 
 NEW = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 
@@ -135,21 +135,6 @@ def test_what_torch_gives(kind: str, new: bool) -> None:
     theirs = dict(leaves(torch.load(again, weights_only=True)))
     assert_same({name: theirs[name] for name in tensors}, tensors)
     assert {n: v for n, v in theirs.items() if n not in tensors} == {n: v for n, v in want.items() if n not in tensors}
-
-
-class Reduced:
-    """Pickles as the call, with the state, that an older torch wrote."""
-
-    def __init__(self, *call: Any) -> None:
-        self.call = call
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-def old_tensor(view: torch.Tensor, kind: Any = torch.FloatTensor) -> Reduced:
-    """As torch below 0.2: the class called, and a state."""
-    return Reduced(kind, (), (view.storage(), view.storage_offset(), tuple(view.shape), view.stride()))
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage")

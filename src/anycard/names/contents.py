@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT, Limits
 from anycard.names.paths import join
-from anycard.names.pickled_modules import is_module, module_state, wrapped_module
+from anycard.names.pickled_modules import COMMON, is_module, module_state, wrapped_module
 from anycard.pickles.composite import Composite
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
@@ -56,11 +56,15 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
             continue
         if len(above) > limits.depth:
             raise FormatError(f"the file's object is nested deeper than {limits.depth} levels at {path[:200]}")
+        repeated = count.again(obj) or repeated
+        inside = (*above, id(obj))
         if isinstance(obj, Inert) and not is_module(obj):
             found.objects[path] = obj
             found.above[path] = above
-        repeated = count.again(obj) or repeated
-        inside = (*above, id(obj))
+        elif isinstance(obj, Inert) and not repeated:
+            for name, value in _settings(obj):
+                found.objects[join(path, name)] = value
+                found.above[join(path, name)] = inside
         arrays = holds_weights(obj)
         if all(type(child) is TensorInfo for _, child in children) and (arrays or not isinstance(obj, Mapping)):
             count.one(repeated, len(children))
@@ -74,6 +78,16 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
             else:
                 stack.append((below, child, inside, repeated))
     return found
+
+
+def _settings(module: Inert) -> Iterator[tuple[str, object]]:
+    """What a module of someone's own keeps beside tensors, dicts (listed part by part) and modules."""
+    if module.module.startswith("torch.nn."):
+        return
+    for name, value in items(module_state(module)):
+        if name.startswith("_") or name in COMMON or isinstance(value, (TensorInfo, Mapping)) or is_module(value):
+            continue
+        yield name, value
 
 
 def _keep(found: Contents, path: str, info: TensorInfo) -> None:

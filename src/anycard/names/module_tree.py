@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from anycard.names.pickled_modules import children_of, class_name, is_module, module_state, own_tensors
+from anycard.names.pickled_modules import COMMON, children_of, class_name, is_module, module_state, own_tensors
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
 _DEEPEST = 200
 _MOST = 100_000  # lines: a small file can hold one part a million times
 _PLAIN = (bool, int, float, str, type(None))
-# What every module keeps, and what says nothing of how it was made.
-_COMMON = frozenset(("training", "call_super_init", "dump_patches"))
 
 
 def tree_lines(obj: Any) -> Iterator[str]:
@@ -69,7 +67,7 @@ def _attributes(state: Mapping[str, Any]) -> str:
     shown = []
     for name, value in state.items():
         plain = isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and _all_plain(value))
-        if plain and not str(name).startswith("_") and name not in _COMMON:
+        if plain and not str(name).startswith("_") and name not in COMMON:
             shown.append(f"{name}={_short(value)}")
     return ", ".join(shown)
 

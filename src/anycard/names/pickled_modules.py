@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any, TypeGuard
 
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT
@@ -13,35 +14,90 @@ from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
 _CALLS = 4  # how deep in the arguments of calls a module is looked for
+_MOST = 16  # arguments, and entries of one, that are looked at
+# What every module keeps, and what says nothing of how it was made.
+COMMON = frozenset(("training", "call_super_init", "dump_patches"))
+_CLASS_NAMES = ("class_name", "_graphmodule_cls_name")
 
 
-def module_state(obj: object) -> dict[str, Any] | None:
-    """The `__dict__` that a pickled `nn.Module` carries, or None for anything else."""
+def module_state(obj: object) -> Mapping[str, Any] | None:
+    """The `__dict__` that a pickled `nn.Module` carries, or None for anything else.
+
+    It may be an argument of the call that makes the module, or lie in one: `reduce_graph_module(dict, …)` of
+    torch.fx, a rebuilding function of the model's own that takes `{"state": dict, "class_name": …}`.
+    """
     if not isinstance(obj, Inert):
         return None
     state: object = obj.state
     if isinstance(state, tuple) and state and isinstance(state[0], dict):
         state = state[0]
-    if isinstance(state, dict) and isinstance(state.get("_modules"), dict) and "_parameters" in state:
+    if _is_state(state):
         return state
-    return None
+    return _once(obj, "state", _given_state) if obj.called else None
+
+
+def _once(obj: Inert, what: str, look: Callable[[Inert], Any]) -> Any:
+    if what not in obj.known:
+        obj.known = {**obj.known, what: look(obj)}
+    return obj.known[what]
+
+
+def _given_state(obj: Inert) -> Mapping[str, Any] | None:
+    return next((held for held in _given(obj) if _is_state(held)), None)
+
+
+def _is_state(value: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping) and isinstance(value.get("_modules"), Mapping) and "_parameters" in value
+
+
+def _given(obj: Inert, levels: int = 3) -> Iterator[Mapping[Any, Any]]:
+    """The mappings among a call's arguments, and in these; not in objects, which may be modules themselves."""
+    held: list[object] = list(obj.args[:_MOST])
+    for _ in range(levels):
+        inner: list[object] = []
+        for value in held:
+            value = dict(value.pairs) if isinstance(value, Inert) and _is_dict(value) else value
+            if isinstance(value, Mapping):
+                yield value
+                inner += islice(value.values(), _MOST - len(inner))
+            elif isinstance(value, (list, tuple)):
+                inner += value[: _MOST - len(inner)]
+        held = inner
+
+
+def _is_dict(value: Inert) -> bool:
+    """An object of a subclass of dict, with text for keys."""
+    return 0 < len(value.pairs) <= _MOST and all(isinstance(name, str) for name, _ in value.pairs)
 
 
 def wrapped_module(obj: object, depth: int = _CALLS) -> Inert | None:
     """The module among the arguments of a call that wraps it (a compiled model)."""
-    if not isinstance(obj, Inert) or module_state(obj) is not None or not depth:
+    if not isinstance(obj, Inert) or not obj.args or not depth or module_state(obj) is not None:
         return None
+    found: Inert | None = _once(obj, f"wraps {depth}", lambda obj: _wrapped(obj, depth - 1))
+    return found
+
+
+def _wrapped(obj: Inert, depth: int) -> Inert | None:
     for arg in obj.args[:8]:
-        if isinstance(arg, Inert) and (module_state(arg) is not None or wrapped_module(arg, depth - 1) is not None):
+        if isinstance(arg, Inert) and (module_state(arg) is not None or wrapped_module(arg, depth) is not None):
             return arg
     return None
 
 
 def class_name(obj: Inert) -> str:
-    """The name of an object's class; also of one that cloudpickle makes (`_make_skeleton_class(type, name, …)`)."""
+    """The name of an object's class.
+
+    Also of one that cloudpickle makes (`_make_skeleton_class(type, name, …)`), and of one whose name is an
+    argument of the call that makes it, where the call is told so at all.
+    """
     maker = obj.callee
     if not type(obj).name and isinstance(maker, Inert) and type(maker).name == "_make_skeleton_class":
         return maker.args[1] if len(maker.args) > 1 and isinstance(maker.args[1], str) else ""
+    if obj.called and obj.state is None:
+        told = (held.get(key) for held in _given(obj) for key in _CLASS_NAMES)
+        kinds = (arg.name for arg in obj.args[:_MOST] if isinstance(arg, type) and issubclass(arg, Inert))
+        return next((name for name in (*told, *kinds) if isinstance(name, str)), type(obj).name)
     return type(obj).name
 
 

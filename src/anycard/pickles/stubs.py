@@ -20,6 +20,7 @@ class Inert:
         items, pairs: What APPENDS and SETITEMS gave.
         called: Made by a call (REDUCE), rather than by `__new__`.
         callee: What was called: its class, or another stub.
+        known: What was found out about it, once it was read; so that a stub that many hold is looked at once.
     """
 
     module: ClassVar[str] = ""
@@ -32,6 +33,7 @@ class Inert:
     pairs: Sequence[tuple[Any, Any]] = ()
     called: bool = False
     callee: Any = None
+    known: Mapping[str, Any] = MappingProxyType({})
 
     def __new__(cls, /, *args: Any, **kwargs: Any) -> Any:
         if cls.make is not None:
@@ -85,7 +87,7 @@ class Inert:
     @property
     def path(self) -> str:
         """`module.name` of its class."""
-        return f"{type(self).module}.{type(self).name}"
+        return f"{type(self).module}.{type(self).name}" if type(self).name else "(what a call made)"
 
     def __repr__(self) -> str:
         return f"<inert {self.path}>"
