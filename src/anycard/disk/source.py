@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import stat
 import threading
@@ -20,9 +21,11 @@ class Source:
         name: What errors call it: the path as given, or the open file's own name.
         size: Bytes.
         path: Where the file is, if it was opened by its path.
+        base: Where its byte 0 lies in the file behind it.
     """
 
     path: str | None = None
+    base = 0
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
@@ -52,6 +55,10 @@ class Source:
         """The source that really has a byte, and where; itself, but for a window on another."""
         return self, offset
 
+    def mapped(self) -> mmap.mmap | None:
+        """The file in memory, private to this process; None where it is no file of the disk's."""
+        return None
+
     def close(self) -> None:
         """Let go of the file."""
 
@@ -71,13 +78,19 @@ class FileSource(Source):
         super().__init__(name, os.fstat(fd).st_size - base)
         self._fd = fd
         self._owned = owned
-        self._base = base
+        self.base = base
         self._lock = threading.Lock()
+
+    def mapped(self) -> mmap.mmap | None:
+        try:
+            return mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError):  # a file system that maps nothing
+            return None
 
     def read_into(self, offset: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
-            moved = self._read_at(offset + done + self._base, view[done : done + _MOST])
+            moved = self._read_at(offset + done + self.base, view[done : done + _MOST])
             if moved == 0:
                 raise self._short(offset, len(view))
             done += moved
@@ -85,7 +98,7 @@ class FileSource(Source):
     def _read(self, offset: int, nbytes: int) -> bytes:
         if not hasattr(os, "pread") or nbytes > _MOST:
             return super()._read(offset, nbytes)
-        data = os.pread(self._fd, nbytes, offset + self._base)  # no second copy, as through a bytearray
+        data = os.pread(self._fd, nbytes, offset + self.base)  # no second copy, as through a bytearray
         return data if len(data) == nbytes else super()._read(offset, nbytes)
 
     def _read_at(self, offset: int, view: memoryview) -> int:

@@ -15,9 +15,10 @@ from torch import nn
 from anycard.errors import naming
 from anycard.limits import DEFAULT, Limits
 from anycard.progress import Progress, counting
-from anycard.tensors import is_dense
+from anycard.tensors import TensorInfo, is_dense
 from anycard.torch.calling import call_loaders, check_extras, run_post_hooks, set_extras
-from anycard.torch.dtypes import is_plain
+from anycard.torch.dtypes import PLAIN, is_plain
+from anycard.torch.mapping import Mappings
 from anycard.torch.modules import walk
 from anycard.torch.reading import Fill, fill_tensors
 from anycard.torch.undo import Undo
@@ -73,8 +74,12 @@ def fill(
 def _allocate(work: Work, options: Options) -> _Places:
     places = _Places()
     as_it_is = options.device is None and options.dtype is None
+    mappings = Mappings() if options.mmap else None
     for target, info in work.fills:
         own = target.tensor
+        if mappings is not None and (mapped := _mapped(mappings, own, info, options)) is not None:
+            places.old[id(own)] = (own, mapped)
+            continue
         if as_it_is and is_plain(own) and not own.is_meta:
             places.inplace.append(Fill(own, info, target.name))
             continue
@@ -87,6 +92,14 @@ def _allocate(work: Work, options: Options) -> _Places:
         places.new.append(Fill(fresh, info, target.name))
         places.old[id(own)] = (own, fresh)
     return places
+
+
+def _mapped(mappings: Mappings, own: torch.Tensor, info: TensorInfo, options: Options) -> torch.Tensor | None:
+    """The stored tensor over its file's own pages, where the model can hold it as it lies there."""
+    device = options.device or (torch.device("cpu") if own.is_meta else own.device)
+    if device.type != "cpu" or type(own) not in PLAIN:
+        return None
+    return mappings.tensor(info, tuple(own.shape), final_dtype(own.dtype, info, options.dtype))
 
 
 def _format(own: torch.Tensor) -> torch.memory_format:

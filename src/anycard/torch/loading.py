@@ -42,6 +42,7 @@ def load(
     only: Only | None = None,
     allow: str | Sequence[str] = (),
     verify: bool | None = None,
+    mmap: bool = False,
     progress: Progress = None,
 ) -> Any:
     """Load a checkpoint into a model, however either is wrapped and wherever either stood.
@@ -59,6 +60,9 @@ def load(
         only: Globs, a module name, or a function: which of the model's tensors.
         allow: Classes or modules that may be imported to rebuild a whole model.
         verify: True checks all checksums before an existing model is touched; False none.
+        mmap: Map the file instead of reading it, where its bytes lie as the model needs them on the CPU: pages are
+            read when first touched. The file must stay as it is: one that is cut short meanwhile ends the
+            process (SIGBUS), and one on a network file system may. No checksum is looked at, but for verify=True.
         progress: True for a bar on stderr, or a function of (done, total) bytes.
 
     Returns:
@@ -71,7 +75,7 @@ def load(
         DeviceError: The device is not there.
         ChoiceError: Several state dicts could be meant.
     """
-    options = _options(device, dtype, strict, key, rename, only)
+    options = _options(device, dtype, strict, key, rename, only, mmap)
     with uncollected():  # what a load makes beside the model is gone before the collector looks again
         return _load(path, member, model, options, allow, verify, progress)
 
@@ -141,10 +145,11 @@ def _filled(work: Work) -> list[torch.Tensor]:
 
 
 def _options(
-    device: Any, dtype: Any, strict: bool, key: str | None, rename: Rename | None, only: Only | None
-) -> Options:
+    device: Any, dtype: Any, strict: bool, key: str | None, rename: Rename | None, only: Only | None,
+    mmap: bool = False,
+) -> Options:  # fmt: skip
     where = None if device is None else find_device(device)
-    return Options(where, _dtype(dtype), strict, key, rename, only)
+    return Options(where, _dtype(dtype), strict, key, rename, only, mmap)
 
 
 def _dtype(dtype: Any) -> torch.dtype | str | None:

@@ -86,7 +86,7 @@ def _goes_straight(tensor: torch.Tensor, info: TensorInfo) -> bool:
         and tensor.shape == info.shape
         and tensor.is_cpu
         and (type(tensor) in PLAIN or type(tensor.data) is torch.Tensor)
-        and _plain_bytes(info)
+        and plain_bytes(info)
         and not (tensor.is_conj() or tensor.is_neg())
         and is_dense(info.shape, info.stride)
         and ((info.contiguous and tensor.is_contiguous()) or _same_order(tensor.stride(), info))
@@ -97,7 +97,7 @@ def _same_order(stride: tuple[int, ...], info: TensorInfo) -> bool:
     return all(a == b for a, b, size in zip(stride, info.stride, info.shape, strict=True) if size > 1)
 
 
-def _plain_bytes(info: TensorInfo) -> bool:
+def plain_bytes(info: TensorInfo) -> bool:
     """The stored bytes lie in the file as they lie in memory."""
     storage = info.storage
     return (
@@ -142,7 +142,7 @@ def empty_for(info: TensorInfo) -> torch.Tensor | None:
     dtype = TO_TORCH.get(info.dtype)
     if dtype is None or info.kind != "dense":
         raise FormatError(f"a {info.kind} tensor of {info.dtype} cannot be given as a plain tensor")
-    if _plain_bytes(info) and is_dense(info.shape, info.stride):
+    if plain_bytes(info) and is_dense(info.shape, info.stride):
         return torch.empty_strided(info.shape, info.stride, dtype=dtype, device="cpu")
     return None
 

@@ -26,6 +26,7 @@ class Options:
     key: str | None = None
     rename: Rename | None = None
     only: Only | None = None
+    mmap: bool = False
 
 
 @dataclass

@@ -1,0 +1,132 @@
+"""`mmap=True`: the same model, over the file's own pages, and the file stays as it is."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import anycard
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.out = nn.Linear(8, 50, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(self.table(x)))
+
+
+def mapped_from(tensor: torch.Tensor, path: Path) -> bool:
+    """The tensor's memory is a mapping of this file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return line.endswith(str(path))
+    return False
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+
+
+def deflated(path: Path) -> None:
+    with zipfile.ZipFile(path) as old:
+        records = {info.filename: old.read(info) for info in old.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in records.items():
+            new.writestr(name, data)
+
+
+def write(model: nn.Module, path: Path, how: str) -> None:
+    if how == "legacy stream":
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+    elif how == "safetensors at odd places":
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        save_file({"odd": torch.zeros(3, dtype=torch.uint8), **state}, path)
+    else:
+        anycard.save(model, path)
+        if how == "deflated":
+            deflated(path)
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "maps"),
+    [
+        ("torch zip", "a.pth", True),
+        ("safetensors", "a.safetensors", True),
+        ("legacy stream", "a.pt", None),
+        ("deflated", "a.pth", False),
+        ("safetensors at odd places", "a.safetensors", None),
+    ],
+)
+@pytest.mark.parametrize("target", ["factory", "model", "meta"])
+@pytest.mark.filterwarnings("ignore:.*loaded without")
+def test_same_values_whatever_is_mapped(tmp_path: Path, how: str, name: str, maps: bool | None, target: str) -> None:
+    torch.manual_seed(1)
+    source, path = Tied(), tmp_path / name
+    write(source, path, how)
+    before = path.read_bytes()
+    if target == "meta":
+        with torch.device("meta"):
+            given = Tied()
+    else:
+        given = Tied if target == "factory" else Tied()
+    model = anycard.load(path, given, mmap=True, strict=how != "safetensors at odd places", device="cpu")
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    assert model.out.weight is model.table.weight
+    if maps is not None:
+        assert mapped_from(model.table.weight, path) is maps
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.arange(10)).sum().backward()
+    optimizer.step()
+    assert path.read_bytes() == before
+    assert not torch.equal(model.table.weight, source.table.weight)
+
+
+def test_the_model_outlives_the_file(tmp_path: Path) -> None:
+    source, path = Tied(), tmp_path / "a.pth"
+    anycard.save(source, path)
+    model = anycard.load(path, Tied, mmap=True)
+    anycard.save(Tied(), path)
+    path.unlink()
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "auto"])
+def test_another_dtype_is_read_and_cast(tmp_path: Path, dtype: torch.dtype | str) -> None:
+    source, path = nn.Linear(4, 4), tmp_path / "a.safetensors"
+    anycard.save(source, path)
+    model = anycard.load(path, lambda: nn.Linear(4, 4), mmap=True, dtype=dtype)
+    assert torch.equal(model.weight, source.weight.to(model.weight.dtype))
+    assert mapped_from(model.weight, path) is (dtype == "auto")
+
+
+def test_an_open_file_is_read(tmp_path: Path) -> None:
+    source, file = nn.Linear(4, 4), io.BytesIO()
+    anycard.save(source, file)
+    file.seek(0)
+    assert torch.equal(anycard.load(file, lambda: nn.Linear(4, 4), mmap=True).weight, source.weight)
+
+
+def test_what_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None:
+    anycard.save(nn.Linear(4, 5), tmp_path / "a.pth")
+    model = nn.Linear(4, 4)
+    before = model.weight.data_ptr()
+    with pytest.raises(anycard.MismatchError, match=re.escape("weight")):
+        anycard.load(tmp_path / "a.pth", model, mmap=True)
+    assert model.weight.data_ptr() == before
