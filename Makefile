@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test corpus fuzz types lint bench bench-scanners clean
+.PHONY: run test corpus formats fuzz types lint bench bench-scanners clean
 
 run: $(READY)  ## the main job: every way of saving x every way of loading, on a real resnet152
 	$(VENV)/bin/anycard matrix torchvision.models:resnet152
@@ -17,6 +17,9 @@ test: $(READY)
 corpus: $(READY)  ## every real checkpoint of tests/corpus/files.tsv (250 MB to download, 130 MB kept in the cache)
 	$(PY) tests/corpus/fetch.py
 	$(PY) -m pytest -n 2 --dist worksteal tests/test_corpus.py
+
+formats: $(READY)  ## every verb on every format; writes the table of docs/formats
+	cd tests && $(abspath $(PY)) format_table.py --write
 
 SECONDS ?= 60
 

@@ -11,9 +11,9 @@ from anycard.disk.source import Source, WindowSource
 from anycard.errors import FormatError
 from anycard.formats import safetensors
 from anycard.limits import Limits
+from anycard.operations.archived_code import Context
 
 NUMPY = b"\x93NUMPY"
-TEXTS = (".json", ".txt", ".md", ".yaml", ".yml", ".csv", ".toml", ".cfg", ".ini", ".log", ".html", ".rst")
 NAMED = (".pkl", ".pickle", ".p", ".pt", ".pth", ".bin", ".ckpt", ".dill", ".joblib")
 _MOST_ARCHIVES = 10_000
 _DESCRIPTION = re.compile(rb"'descr'\s*:\s*(.{1,65536}?),\s*'fortran_order'", re.DOTALL)
@@ -32,9 +32,10 @@ def may_hold(name: str, head: bytes) -> bool:
     return bool(told) or name.lower().endswith(NAMED)
 
 
-def is_global(module: str, name: str) -> bool:
-    """Names that Python could import."""
-    return all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
+def told_by(name: str, head: bytes, context: Context) -> Context:
+    """A member that neither its name nor PROTO tells to be a pickle may be anything."""
+    tentative = not name.lower().endswith(NAMED) and not head.startswith(b"\x80")
+    return context._replace(tentative=tentative)
 
 
 def join(where: str, name: str) -> str:

@@ -23,8 +23,6 @@ from anycard.operations.archived_code import SETS_STATE, Archive, Context
 from anycard.operations.looks import (
     NAMED,
     NUMPY,
-    TEXTS,
-    is_global,
     is_legacy,
     is_safetensors,
     is_storage,
@@ -32,6 +30,7 @@ from anycard.operations.looks import (
     may_be_pickle,
     may_hold,
     objects_of,
+    told_by,
     zips_within,
 )  # fmt: skip
 from anycard.operations.scan_report import Finding, ScanReport
@@ -64,7 +63,9 @@ def scan(path: str | os.PathLike[str], *, allow: Iterable[str] = (), limits: Lim
             scanner.report.unreadable.append(f"{label or file}: {error.args[0]}")
             continue
         try:
-            scanner.file(source, label, 0)
+            if not is_storage(label):
+                head = source.read(0, min(source.size, 16))
+                scanner.file(source, label, int(bool(label)), told_by(label, head, _PLAIN) if label else _PLAIN)
         finally:
             source.close()
     order = (RUNS, UNKNOWN)
@@ -127,7 +128,8 @@ class _Scanner:
                 for member in held:
                     file = held.extractfile(member) if member.isfile() else None
                     if file is not None:
-                        self._bytes(file.read(), join(where, member.name), depth + 1)
+                        data = file.read()
+                        self._bytes(data, join(where, member.name), depth + 1, told_by(member.name, data, _PLAIN))
         except (tarfile.TarError, ValueError, OSError, EOFError) as error:
             self._unreadable(where, f"the tar archive cannot be followed to its end: {error}")
 
@@ -179,13 +181,13 @@ class _Scanner:
                 return
             data = source.read(record.offset, record.nbytes)  # torch looks at no checksum
         if may_hold(where, data[:16]):
-            self._bytes(data, where, depth + 1, context)
+            self._bytes(data, where, depth + 1, told_by(where, data, context))
 
     def _salvaged(self, source: Source, where: str, depth: int) -> None:
         """What the records of an archive hold whose directory cannot be relied on."""
         try:
             for name, data in salvage(source, lambda name, head: may_hold(name, head), self._limits):
-                self._bytes(data, join(where, name), depth + 1, Context(tentative=True))
+                self._bytes(data, join(where, name), depth + 1, told_by(name, data, _PLAIN))
         except FormatError as error:
             self._unreadable(where, str(error.args[0]))
 
@@ -218,7 +220,6 @@ class _Scanner:
     def _stream(self, source: Source, where: str, depth: int, context: Context) -> None:
         """Pickles one after the other from the start; what follows a torch file's five is its storages."""
         data = source.read(0, min(source.size, self._limits.index_nbytes))
-        text = context.tentative or where.lower().endswith(TEXTS)
         at = count = 0
         legacy = is_legacy(data)
         while at < len(data) and (not legacy or count < 5):
@@ -228,8 +229,8 @@ class _Scanner:
             try:
                 record_pickle(data, at, budget_of(data, None, self._limits), record)
             except FormatError as error:
-                if text and not any(is_global(*place) for place in record.globals):
-                    return  # text that begins like a pickle
+                if context.tentative and RUNS not in {judge(*place) for place in record.globals}:
+                    return  # text, or bytes, that begin like a pickle, and that nobody takes for one
                 offset = f" at byte {error.offset:,}" if error.offset is not None else ""
                 self._unreadable(where, f"the pickle cannot be followed to its end{offset}: {error.args[0]}")
                 self._take(record, where, depth, context)
