@@ -120,7 +120,7 @@ class Archive:
     def find(self, name: str) -> Record | None:
         """The record of that name in the folder, or None."""
         full = self._folder + name.lower()
-        if full in self._twice:
+        if self._twice and full in self._twice:
             raise FormatError(f"two records are called {short(full)!r}, but for upper and lower case")
         return self._by_name.get(full)
 

@@ -83,6 +83,36 @@ def _bytearray(m: Machine) -> bytearray:
     return made
 
 
+def _text(m: Machine) -> str:
+    """A text, and the put into the memo that nearly always follows."""
+    text = str(m.take(m.number(4)), "utf-8", "surrogatepass")
+    put = m.pos
+    if m.data[put : put + 1] == b"r" and put + 5 <= m.size:
+        index = int.from_bytes(m.data[put + 1 : put + 5], "little")
+        if index not in m.pinned:
+            m.memo[index] = text
+            m.pos = put + 5
+    return text
+
+
+def _empty_dict(m: Machine) -> dict[Any, Any]:
+    """A dict; in one step where it is what a state dict's metadata has for each module, `{"version": 1}`."""
+    found = _VERSION.match(m.data, m.pos)
+    if found is None:
+        return {}
+    put, far_put, get, far_get, number = found.groups()
+    index = int.from_bytes(put or far_put, "little")
+    key = m.memo.get(int.from_bytes(get or far_get, "little"))
+    if type(key) is not str or index in m.pinned:
+        return {}
+    made = m.memo[index] = {key: number[0]}
+    m.pos = found.end()
+    return made
+
+
+_VERSION = re.compile(rb"[qr](?:(?<=q)(.)|(?<=r)(....))[hj](?:(?<=h)(.)|(?<=j)(....))K(.)s", re.DOTALL)
+
+
 _push(b"(", lambda m: MARK)
 _push(b"N", lambda m: None)
 _push(b"\x88", lambda m: True)
@@ -104,11 +134,11 @@ _push(b"C", lambda m: m.take(m.byte()))
 _push(b"\x8e", lambda m: m.long_bytes(m.number(8)))
 _push(b"\x96", _bytearray)
 _push(b"V", lambda m: m.raw_line().decode("raw_unicode_escape"))
-_push(b"X", lambda m: str(m.take(m.number(4)), "utf-8", "surrogatepass"))
+_push(b"X", lambda m: _text(m))
 _push(b"\x8c", lambda m: m.take(m.byte()).decode("utf-8", "surrogatepass"))
 _push(b"\x8d", lambda m: m.take(m.number(8)).decode("utf-8", "surrogatepass"))
 _push(b"]", lambda m: [])
-_push(b"}", lambda m: {})
+_push(b"}", lambda m: _empty_dict(m))
 _push(b")", lambda m: ())
 _push(b"\x8f", lambda m: set())
 _push(b"l", lambda m: m.popmark())
