@@ -81,24 +81,29 @@ class Lazy:
         yield from _cut(view, chunk_nbytes)
 
 
-class _Counted:
-    """A piece that says how much of it was taken."""
+class _Watched:
+    """A piece that shows each of its chunks once it is used."""
 
-    def __init__(self, piece: Piece, done: Callable[[int], None]) -> None:
+    def __init__(self, piece: Piece, watch: Callable[[memoryview], object]) -> None:
         self._piece = piece
-        self._done = done
+        self._watch = watch
         self.nbytes = piece.nbytes
 
     def chunks(self, chunk_nbytes: int) -> Iterator[memoryview]:
         """See `Piece`."""
         for chunk in self._piece.chunks(chunk_nbytes):
             yield chunk
-            self._done(len(chunk))
+            self._watch(chunk)
+
+
+def watched(piece: Piece, watch: Callable[[memoryview], object]) -> Piece:
+    """The piece, with `watch` called with each chunk once it is used."""
+    return _Watched(piece, watch)
 
 
 def counted(piece: Piece, done: Callable[[int], None]) -> Piece:
     """The piece, with `done` called with the bytes of each chunk once it is used."""
-    return _Counted(piece, done)
+    return _Watched(piece, lambda chunk: done(len(chunk)))
 
 
 def _flat(view: memoryview) -> memoryview:

@@ -6,11 +6,12 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from anycard.checkpoint import Checkpoint, tensor_bytes
-from anycard.disk.pieces import FileRange, Lazy, Piece
+from anycard.checkpoint import Checkpoint
+from anycard.disk.pieces import Piece
 from anycard.names.choosing import canonical_names
 from anycard.names.paths import join
 from anycard.names.stored import StateDict
+from anycard.operations.proving import Proof
 from anycard.pickles.stubs import Inert, Size
 from anycard.pickles.writer import GlobalRef, Reduced, TensorRef
 from anycard.plans.matching import Match, canonical_metadata
@@ -18,23 +19,6 @@ from anycard.tensors import TensorInfo, row_major
 
 _GONE = object()
 _PLAIN = (bool, int, float, str, bytes, complex, type(None))
-
-
-def straight(info: TensorInfo) -> bool:
-    """The tensor's row-major little-endian bytes lie in a file as they are."""
-    storage = info.storage
-    odd = info.conj or info.neg or storage.big_endian or storage.missing
-    return not odd and info.contiguous and storage.source is not None and info.offset is not None
-
-
-def piece_of(info: TensorInfo, name: str) -> Piece:
-    """The tensor's row-major bytes: straight from the file where they lie there so, checked if they have a CRC."""
-    storage = info.storage
-    if straight(info):
-        assert storage.source is not None and info.offset is not None
-        whole = info.start == 0 and info.nbytes == storage.nbytes
-        return FileRange(storage.source, info.offset, info.nbytes, name, storage.crc if whole else None)
-    return Lazy(info.nbytes, lambda: tensor_bytes(info))
 
 
 class Copier:
@@ -46,7 +30,8 @@ class Copier:
         gone: Full paths of what is no plain data, and stays behind.
     """
 
-    def __init__(self, ckpt: Checkpoint) -> None:
+    def __init__(self, ckpt: Checkpoint, proof: Proof) -> None:
+        self._piece = proof.piece
         self.pieces: list[Piece] = []
         self.count = 0
         self.gone: list[str] = []
@@ -85,7 +70,7 @@ class Copier:
         self.count += 1
         if info.place not in self._known or not info.nbytes:
             key = str(len(self.pieces))
-            self.pieces.append(piece_of(info, name))
+            self.pieces.append(self._piece(info, name))
             shape = info.shape
             self._known[info.place] = TensorRef(key, info.dtype, "cpu", info.numel, 0, shape, row_major(shape))
         return self._known[info.place]

@@ -13,15 +13,15 @@ from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from anycard.collection import uncollected
 from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Piece, counted
-from anycard.errors import CheckpointError, ChoiceError, FormatError, naming
+from anycard.errors import CheckpointError, ChoiceError, naming
 from anycard.formats.registry import format_for
 from anycard.formats.safetensors import write_safetensors
 from anycard.formats.torch_zip_writer import write_torch_zip
 from anycard.limits import DEFAULT
 from anycard.names.choosing import canonical_names, wrapper_state
 from anycard.names.stored import StateDict
-from anycard.operations.contents import Copier, piece_of
-from anycard.operations.verification import verify_checkpoint
+from anycard.operations.contents import Copier
+from anycard.operations.proving import Proof
 from anycard.pickles.writer import dump
 from anycard.plans.matching import Match, canonical_metadata
 from anycard.progress import Progress, counting
@@ -67,8 +67,6 @@ def convert(
     """
     kind = format_for(os.fspath(dst))
     with uncollected(), open_checkpoint(src, member=member) as ckpt, naming(os.fspath(src)):
-        if ckpt.format == "safetensors" and (damaged := verify_checkpoint(ckpt).damaged):
-            raise FormatError(f"{damaged[0]} or another tensor is damaged: the fingerprint does not match")
         if kind == "safetensors":
             count, left = _to_safetensors(ckpt, key, os.fspath(dst), progress)
         else:
@@ -82,15 +80,18 @@ def _to_safetensors(ckpt: Checkpoint, key: str | None, dst: str, progress: Progr
         _refuse_other_tensors(ckpt, found)
     weights = ckpt.weights(key)
     with counting(progress, sum(info.nbytes for info in weights.values())) as done:
-        rows, ties = _rows(weights, done)
+        proof = Proof(ckpt)
+        rows, ties = _rows(weights, proof, done)
         text = json.dumps(_mark(ckpt, found), sort_keys=True, separators=(",", ":"))
         with replace_file(dst) as file:
             write_safetensors(file, rows, {"anycard": text, **ties}, DEFAULT, ties=ties)
+            proof.check()
     return len(weights), _beside(ckpt, found)
 
 
 def _to_zip(ckpt: Checkpoint, key: str | None, dst: str, progress: Progress) -> tuple[int, tuple[str, ...]]:
-    copier = Copier(ckpt)
+    proof = Proof(ckpt)
+    copier = Copier(ckpt, proof)
     dicts = ckpt.state_dicts
     found = ckpt.chosen(key) if key is not None or [d.key for d in dicts] == [""] else None
     tree = copier.everything() if found is None else copier.state_dict(found)
@@ -98,6 +99,7 @@ def _to_zip(ckpt: Checkpoint, key: str | None, dst: str, progress: Progress) -> 
     mark.pop("metadata", None)  # a torch zip has a place of its own for it
     with counting(progress, sum(piece.nbytes for piece in copier.pieces)) as done, replace_file(dst) as file:
         write_torch_zip(file, dump(tree), [counted(piece, done) for piece in copier.pieces], mark, DEFAULT)
+        proof.check()
     return copier.count, tuple(copier.gone) if found is None else _beside(ckpt, found)
 
 
@@ -141,7 +143,7 @@ def _mark(ckpt: Checkpoint, found: StateDict) -> dict[str, Any]:
 _Rows = list[tuple[str, str, tuple[int, ...], Piece]]
 
 
-def _rows(weights: Mapping[str, TensorInfo], done: Callable[[int], None]) -> tuple[_Rows, dict[str, str]]:
+def _rows(weights: Mapping[str, TensorInfo], proof: Proof, done: Callable[[int], None]) -> tuple[_Rows, dict[str, str]]:
     rows: _Rows = []
     ties: dict[str, str] = {}
     first: dict[object, str] = {}
@@ -152,5 +154,5 @@ def _rows(weights: Mapping[str, TensorInfo], done: Callable[[int], None]) -> tup
             continue
         if DTYPES[info.dtype].safetensors is None:
             raise CheckpointError(f"{name}: safetensors has no {info.dtype}; a .pt or .pth holds it", name=name)
-        rows.append((name, info.dtype, info.shape, counted(piece_of(info, name), done)))
+        rows.append((name, info.dtype, info.shape, counted(proof.piece(info, name), done)))
     return rows, ties

@@ -10,11 +10,15 @@ from typing import BinaryIO
 from zlib_ng import zlib_ng
 
 from anycard.checkpoint import Checkpoint, open_checkpoint
+from anycard.disk.pieces import FileRange
+from anycard.disk.threads import in_threads
 from anycard.formats.assembled import Assembled
 from anycard.formats.safetensors import FINGERPRINT
 from anycard.limits import DEFAULT, Limits
 from anycard.operations.fingerprinting import fingerprint_of
 from anycard.tensors import Storage
+
+_CHUNK = 1 << 20  # bytes that are summed while they are in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,13 @@ def verify_checkpoint(ckpt: Checkpoint, limits: Limits = DEFAULT) -> Report:
             names.setdefault(id(storage), []).append(name)
     damaged: list[str] = []
     unchecked: list[str] = []
+    summed = [storage for storage in storages.values() if storage.crc is not None and storage.offset is not None]
+    crcs: dict[int, int] = {}
+    in_threads(summed, lambda storage: crcs.update({id(storage): _crc(storage)}), limits.threads)
     for place, storage in storages.items():
-        if storage.crc is None or storage.offset is None:
+        if place not in crcs:
             unchecked += names[place]
-        elif _crc(storage, limits) != storage.crc:
+        elif crcs[place] != storage.crc:
             damaged += names[place]
     damaged += _other_records(ckpt, {id(s): s for s in storages.values()}, limits)
     damaged, unchecked = list(dict.fromkeys(damaged)), list(dict.fromkeys(unchecked))
@@ -98,14 +105,11 @@ def _other_records(ckpt: Checkpoint, storages: dict[int, Storage], limits: Limit
     return damaged
 
 
-def _crc(storage: Storage, limits: Limits) -> int:
+def _crc(storage: Storage) -> int:
     assert storage.source is not None and storage.offset is not None
     crc = 0
-    buffer = memoryview(bytearray(min(limits.chunk_nbytes, storage.nbytes)))
-    for start in range(0, storage.nbytes, limits.chunk_nbytes):
-        part = buffer[: min(limits.chunk_nbytes, storage.nbytes - start)]
-        storage.source.read_into(storage.offset + start, part)
-        crc = zlib_ng.crc32(part, crc)
+    for chunk in FileRange(storage.source, storage.offset, storage.nbytes).chunks(_CHUNK):
+        crc = zlib_ng.crc32(chunk, crc)
     return crc
 
 
