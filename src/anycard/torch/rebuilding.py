@@ -9,23 +9,31 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from anycard.checkpoint import Checkpoint
-from anycard.errors import ChoiceError, FormatError, UntrustedError
+from anycard.errors import CheckpointError, ChoiceError, FormatError, UntrustedError
 from anycard.names.choosing import pick
-from anycard.names.pickled_modules import inert_wrapper, module_state, wrapped_module
+from anycard.names.pickled_modules import inert_wrapper, is_module, module_state, wrapped_module
 from anycard.pickles.stubs import Counted, Defaulting, Inert, Size
 from anycard.tensors import TensorInfo
+from anycard.torch.completing import Lack, complete, prepare
 from anycard.torch.dtypes import TO_TORCH
 from anycard.torch.reading import read_tensor
+from anycard.warning import warn
 
 _FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str, bool)}
-_DATA = {("torch", "device"), ("torch", "Size")}
+_BACKEND = ("torch.nn.backends.thnn", "_get_thnn_function_backend")  # below 1.4 every module kept it
+_DATA = {("torch", "device"), ("torch", "Size"), _BACKEND}
+# Classes of torch's own that have another name today.
+_RENAMED = {
+    ("torch.nn.modules.linear", "_LinearWithBias"): "NonDynamicallyQuantizableLinear",
+}
 
 
 def rebuild_model(ckpt: Checkpoint, allow: str | Sequence[str], key: str | None = None) -> nn.Module:
@@ -46,7 +54,24 @@ def rebuild_model(ckpt: Checkpoint, allow: str | Sequence[str], key: str | None 
     model = builder.make(root)
     if not isinstance(model, nn.Module):
         raise ChoiceError(f"{ckpt.path}: {type(model).__name__} is no nn.Module", path=ckpt.path)
+    _tell(builder.lacks, ckpt.path)
     return model
+
+
+def _tell(lacks: Iterable[Lack], path: str) -> None:
+    """An error for what a class of today asks its caller for, a warning for what it would compute."""
+    required = dict.fromkeys(lack.path for lack in lacks if lack.required)
+    if required:
+        raise CheckpointError(
+            f"{path} is older than its classes: it lacks {', '.join(required)}, which have no default. "
+            "Build the model yourself and load the weights into it: anycard.load(path, model)",
+            path=path,
+            name=next(iter(required)),
+        )
+    computed = dict.fromkeys(lack.path for lack in lacks)
+    if computed:
+        warn(f"{path}: the rebuilt model lacks {', '.join(computed)}, which its classes set today; where it needs "
+             "them, build the model yourself and load the weights into it")  # fmt: skip
 
 
 def _at(tree: Any, key: str) -> Any:
@@ -62,7 +87,7 @@ def _at(tree: Any, key: str) -> Any:
 
 def _inner(obj: Any) -> Any:
     """The module behind wrappers."""
-    while isinstance(obj, Inert):
+    while isinstance(obj, Inert) and not _is_method(obj):
         inside = wrapped_module(obj)
         row, state = inert_wrapper(obj), module_state(obj)
         if inside is not None:
@@ -74,6 +99,12 @@ def _inner(obj: Any) -> Any:
     return obj
 
 
+def _is_method(obj: Any) -> bool:
+    """A method that a model keeps: (getattr, (module, name)), which is never called."""
+    called = isinstance(obj, Inert) and (type(obj).module, type(obj).name) == ("builtins", "getattr")
+    return called and len(obj.args) == 2 and is_module(obj.args[0]) and isinstance(obj.args[1], str)
+
+
 class _Builder:
     def __init__(self, allow: tuple[str, ...], path: str) -> None:
         self.allow = allow
@@ -83,6 +114,7 @@ class _Builder:
         self.keep: list[Any] = []
         self.uses: dict[int, set[object]] = {}
         self.memory: dict[int, torch.UntypedStorage] = {}
+        self.lacks: list[Lack] = []
 
     def refuse(self) -> None:
         """UntrustedError where anything is needed that was not allowed."""
@@ -105,6 +137,8 @@ class _Builder:
             seen.add(id(obj))
             if isinstance(obj, type) and issubclass(obj, Inert):
                 self._need(obj, call=False)
+            elif isinstance(obj, Inert) and _is_method(obj):
+                stack.append(obj.args[0])
             elif isinstance(obj, Inert):
                 if isinstance(obj.callee, type):
                     self._need(type(obj), call=obj.called)
@@ -141,8 +175,9 @@ class _Builder:
         """The real class or function: defined in the module that is named, and no dotted attribute."""
         if "." in kind.name:
             return None
+        name = _RENAMED.get((kind.module, kind.name), kind.name)
         try:
-            value = getattr(importlib.import_module(kind.module), kind.name)
+            value = getattr(importlib.import_module(kind.module), name)
         except (ImportError, AttributeError):
             return None
         if getattr(value, "__module__", None) != kind.module:
@@ -222,6 +257,10 @@ class _Builder:
         kind = type(obj)
         if (kind.module, kind.name) == ("torch", "device"):
             return self._done(obj, torch.device(*obj.args))
+        if (kind.module, kind.name) == _BACKEND:
+            return None
+        if _is_method(obj):
+            return self._done(obj, self._method(*obj.args))
         real = self._resolve(kind, obj.called)
         args = [self.make(a) for a in obj.args]
         made = real(*args) if obj.called else real.__new__(real, *args)
@@ -232,12 +271,22 @@ class _Builder:
             made.extend(self.make(i) for i in obj.items)
         for key, value in obj.pairs:
             made[self.make(key)] = self.make(value)
+        if isinstance(made, nn.Module):
+            self.lacks += complete(made)
         return made
+
+    def _method(self, owner: Inert, name: str) -> Any:
+        """A method of a rebuilt module: a function of its class, bound; it runs no code of the class to find it."""
+        made = self.make(owner)
+        function = inspect.getattr_static(type(made), name, None)
+        if not inspect.isfunction(function):
+            raise FormatError(f"the model keeps {name!r} of a {type(made).__name__}, which is no method of it")
+        return MethodType(function, made)
 
     def _restore(self, made: Any, state: Any) -> None:
         """As pickle's BUILD: the object's own `__setstate__`, else its `__dict__`."""
         if hasattr(made, "__setstate__"):
-            made.__setstate__(state)
+            made.__setstate__(prepare(type(made), state))
             return
         slots: dict[str, Any] = {}
         if isinstance(state, tuple) and len(state) == 2:
