@@ -130,6 +130,27 @@ def test_one_process(tmp_path: Path) -> None:
     assert held["optim"]["param_groups"][0]["lr"] == 0.25
 
 
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_a_file_of_the_folder_leads_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The path of its metadata, or of a rank's file; an open file leads nowhere, and says so."""
+    want = weights(filled(net()))
+    folder = saved(tmp_path / "c", {"model": dict(want), "step": 3})
+    assert_same(anycard.read(folder / name), want)
+    assert_same(weights(anycard.load(folder / name, net)), want)
+    monkeypatch.chdir(folder)
+    assert_same(anycard.read(name), want)
+    with (folder / ".metadata").open("rb") as file, pytest.raises(anycard.FormatError, match="give its path"):
+        anycard.read(file)
+    with pytest.raises(anycard.CheckpointError, match="member="):
+        anycard.read(folder / name, member="x")
+
+
+def test_an_entry_alone_is_a_torch_zip(tmp_path: Path) -> None:
+    """Without metadata beside it, a file is what its bytes are."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "net.distcp")
+    assert_same(anycard.read(tmp_path / "net.distcp"), {"a": torch.ones(3)})
+
+
 def test_flat_state_dict_and_odd_tensors(tmp_path: Path) -> None:
     """Names with dots at the top, scalars, empty tensors, strides, every common dtype."""
     want = {

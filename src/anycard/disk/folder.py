@@ -78,6 +78,11 @@ class Folder(Source):
             source.close()
 
 
+def home_of(source: Source) -> Folder | None:
+    """The folder that a file lies in; None for an open file, and for what lies in another file."""
+    return None if source.path is None else Folder(os.path.dirname(source.path) or ".")  # noqa: PTH120
+
+
 class BriefSource(Source):
     """A file that is opened for as long as it is read, as there may be many."""
 

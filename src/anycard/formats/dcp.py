@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anycard.disk.folder import Folder, plain_parts
+from anycard.disk.folder import Folder, home_of, plain_parts
 from anycard.disk.source import Source, WindowSource
 from anycard.errors import FormatError
 from anycard.formats.assembled import Chunk, Prover, assemble
@@ -23,6 +23,17 @@ from anycard.tensors import DTYPES, Storage, TensorInfo
 
 METADATA = ".metadata"
 _Place = tuple[str, tuple[int, ...] | None]  # a name, and where its chunk begins
+
+
+def is_part(source: Source) -> bool:
+    """The file is of a DCP folder: `.metadata` is there, or beside it."""
+    home = home_of(source)
+    return source.name.replace("\\", "/").rpartition("/")[2] == METADATA or bool(home and home.has(METADATA))
+
+
+def read_part(folder: Folder, source: Source, limits: Limits) -> Index:
+    """The index of the folder that a file of it is in."""
+    return read_index(folder, limits)
 
 
 def read_index(folder: Folder, limits: Limits) -> Index:

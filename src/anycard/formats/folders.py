@@ -73,7 +73,7 @@ def _read(folder: Folder, unit: Unit, limits: Limits) -> Index:
     home = folder.open(above) if above else folder
     assert isinstance(home, Folder)
     if unit.kind == "index":
-        return shards.indexed(home, folder.open(unit.label), limits)
+        return shards.read_part(home, folder.open(unit.label), limits)
     return dcp.read_index(home, limits) if unit.kind == "dcp" else unpacked.read_index(home, limits)
 
 

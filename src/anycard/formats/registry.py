@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from anycard.disk.folder import Folder
+from anycard.disk.folder import Folder, home_of
 from anycard.disk.source import Source
 from anycard.errors import ChoiceError, FormatError
 from anycard.formats.index import Index
@@ -62,7 +62,12 @@ LATE = (
 )
 _TAR = "anycard.formats.legacy_tar"  # a tar, told by its members
 _HOLDERS = "anycard.formats.holders"  # files that hold checkpoints
-_SHARDS = "anycard.formats.shards"  # an index of shards, told by its name
+# A file of a checkpoint that is several files, told by its name: it leads to its folder.
+_PARTS = (
+    (".index.json", "anycard.formats.shards"),
+    (".metadata", "anycard.formats.dcp"),
+    (".distcp", "anycard.formats.dcp"),
+)
 _KNOWN = (
     (b"version https://git-lfs", "a Git LFS pointer: the file itself was not fetched. Run `git lfs pull`."),
     (b"<!doctype html", "a web page, not a checkpoint: the download gave a page instead of the file."),
@@ -87,6 +92,9 @@ def read_index(source: Source, limits: Limits = DEFAULT, member: str | None = No
     """
     if isinstance(source, Folder):
         return _read("anycard.formats.folders", source, limits, member)
+    part = None if member is not None else _part(source)
+    if part is not None:
+        return _read_part(part, source, limits)
     head = source.read(0, min(source.size, 512))
     held = None if _is_plain(head) else importlib.import_module(_HOLDERS).read_held(source, limits, member, depth)
     if held is not None:
@@ -95,8 +103,6 @@ def read_index(source: Source, limits: Limits = DEFAULT, member: str | None = No
     if member is not None:
         message = f"{source.name} is one checkpoint, not a file that holds others: member= picks nothing in it"
         raise ChoiceError(message, path=source.name)
-    if source.name.endswith(".index.json") and importlib.import_module(_SHARDS).is_index(source):
-        return _read(_SHARDS, source, limits)
     return read_file_index(source, limits)
 
 
@@ -136,6 +142,26 @@ def _is_plain(head: bytes) -> bool:
 def _legacy(head: bytes) -> bool:
     """The magic number is the first pickle's value, maybe behind a frame."""
     return _MAGIC in head[:32] or head.startswith(_MAGIC_TEXT)
+
+
+def _part(source: Source) -> Any:
+    """The module of the format whose folder the file is a part of, or None."""
+    module = next((module for suffix, module in _PARTS if source.name.endswith(suffix)), None)
+    found = None if module is None else importlib.import_module(module)
+    return found if found is not None and found.is_part(source) else None
+
+
+def _read_part(module: Any, source: Source, limits: Limits) -> Index:
+    """The index of what the file's folder holds."""
+    folder = home_of(source)
+    if folder is None:
+        raise FormatError("this file needs those in its folder: give its path, not an open file", path=source.name)
+    try:
+        index: Index = module.read_part(folder, source, limits)
+    except BaseException:
+        folder.close()
+        raise
+    return index
 
 
 def _read(module: str, source: Source, limits: Limits, *member: str | None) -> Index:

@@ -7,7 +7,6 @@ Source: huggingface_hub `serialization/_base.py` (`split_state_dict_into_shards_
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,29 +26,17 @@ _MOST_INDEX = 256 << 20
 _MOST_SHARDS = 10_000
 
 
-def is_index(source: Source) -> bool:
+def is_part(source: Source) -> bool:
     """The file, called like an index, holds a JSON object."""
     return source.read(0, min(source.size, 64)).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
 
 
-def read_index(source: Source, limits: Limits) -> Index:
+def read_part(folder: Folder, source: Source, limits: Limits) -> Index:
     """The index of the shards that an index file names.
 
     Raises:
         FormatError: Malformed; a shard is missing, or lacks what the index says of it (all are named).
     """
-    if source.path is None:
-        raise FormatError("an index of shards needs its folder: give its path, not an open file", path=source.name)
-    folder = Folder(os.path.dirname(source.path) or ".")  # noqa: PTH120
-    try:
-        return indexed(folder, source, limits)
-    except BaseException:
-        folder.close()
-        raise
-
-
-def indexed(folder: Folder, source: Source, limits: Limits) -> Index:
-    """The same, its folder given."""
     held = _parsed(source, limits)
     weight_map = held.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
