@@ -580,3 +580,11 @@ def long_key_at_every_depth() -> bytes:
 @read
 def long_key_above_many() -> bytes:
     return torch_zip(b"}" + text("k" * 1_000_000) + b"](" + b"K\x01" * 50_000 + b"es.")
+
+
+@read
+def views_of_a_deflated_storage() -> bytes:
+    """Each would inflate it anew."""
+    numel = 1 << 23
+    one = (text(f"t{i}") + tensor(ints(9), ints(1), num(numel - 9 - i), pid(numel=num(numel))) for i in range(200))
+    return torch_zip(b"}(" + b"".join(one) + b"u.", bytes(4 * numel), zipfile.ZIP_DEFLATED)

@@ -339,6 +339,14 @@ def test_overlapping_boxes_of_the_right_size() -> None:
         assemble("t", MemorySource("f", b""), "int8", (4, 2), chunks)
 
 
+def test_chunks_that_claim_more_than_they_store() -> None:
+    """By strides of 0: what is put together would be as large as they say."""
+    storage = Storage("s", 1, source=MemorySource("m", b"x"), offset=0)
+    half = TensorInfo("int8", (1, 1 << 40), storage, stride=(0, 0))
+    with pytest.raises(anycard.FormatError, match="more elements than it stores"):
+        assemble("t", MemorySource("f", b""), "int8", (2, 1 << 40), [Chunk((0, 0), half), Chunk((1, 0), half)])
+
+
 def _crossed(rows: int, rank: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Rows, each cut elsewhere: no two pieces meet, and in the dimension that is cut most nearly all do."""
     rest = (0,) * rank, (1,) * rank

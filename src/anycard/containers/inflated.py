@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterator
 
@@ -12,14 +13,46 @@ from anycard.disk.source import Source
 from anycard.errors import FormatError
 
 _PIECE = 1 << 20
+_MOST_KEPT = 64 << 20  # what any archive may inflate to
+
+
+class Kept:
+    """The last records of an archive that were sliced more than once, inflated: a storage may have many views."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, bytearray] = {}
+        self._asked: set[str] = set()
+        self._lock = threading.Lock()
+
+    def get(self, record: Record) -> bytearray | None:
+        """Its bytes, if they are kept."""
+        return self._held.get(record.name)
+
+    def wants(self, record: Record) -> bool:
+        """It was asked for before, and is not too large to be kept."""
+        again = record.name in self._asked
+        self._asked.add(record.name)
+        return again and record.nbytes <= _MOST_KEPT
+
+    def put(self, record: Record, data: bytearray) -> None:
+        """Keep it, instead of those that were kept first."""
+        with self._lock:
+            self._held[record.name] = data
+            while sum(map(len, self._held.values())) > _MOST_KEPT:
+                del self._held[next(iter(self._held))]
 
 
 class Inflated:
-    """A deflated record as bytes to slice: inflated anew for each slice, of which alone memory is taken."""
+    """A deflated record as bytes to slice: inflated for each slice, of which alone memory is taken at first.
 
-    def __init__(self, source: Source, record: Record) -> None:
+    Args:
+        kept: Where records of the archive are kept once they are sliced again.
+    """
+
+    def __init__(self, source: Source, record: Record, kept: Kept | None = None) -> None:
         self._source = source
         self._record = record
+        self._kept = kept
 
     def __getitem__(self, cut: slice, /) -> bytearray:
         """The bytes of a slice.
@@ -28,6 +61,15 @@ class Inflated:
             FormatError: Damaged, or shorter or longer than the directory says.
         """
         start, stop, _ = cut.indices(self._record.nbytes)
+        if self._kept is None:
+            return self._slice(start, stop)
+        data = self._kept.get(self._record)
+        if data is None and self._kept.wants(self._record):
+            data = self._slice(0, self._record.nbytes)
+            self._kept.put(self._record, data)
+        return self._slice(start, stop) if data is None else data[start:stop]
+
+    def _slice(self, start: int, stop: int) -> bytearray:
         held = bytearray()
         at = crc = 0
         for piece in self._pieces():

@@ -92,6 +92,8 @@ def assemble(
     if whole:
         return chunks[0].info
     odd = next((c.info.storage for c in chunks if c.info.storage.missing or c.info.storage.big_endian), None)
+    if any(c.info.nbytes > c.info.storage.nbytes for c in chunks):  # strides of 0: what is written whole has none
+        raise FormatError(f"{name}: a chunk claims more elements than it stores", name=name)
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if odd is not None or any(c.info.conj or c.info.neg for c in chunks):
         why = (odd and odd.missing) or "its chunks have another byte order, or are lazily conjugated"
@@ -151,26 +153,27 @@ class _Part:
     def copy(self, offset: int, view: memoryview) -> None:
         """Write what the chunk has of the tensor's bytes from `offset` on."""
         end = offset + len(view)
+        dense = None if self._info.contiguous else _dense(self._info)  # once for all runs
         index = bisect_right(range(self._runs), offset - self._run, key=self._at)
         stop = bisect_left(range(self._runs), end, key=self._at)
         while index < stop:
             at = self._at(index)
             if self._run >= _LONG or at < offset or at + self._run > end:
                 low, high = max(at, offset), min(at + self._run, end)
-                _read(self._info, index * self._run + low - at, view[low - offset : high - offset])
+                _read(self._info, index * self._run + low - at, view[low - offset : high - offset], dense)
                 index += 1
             else:
                 count = min(stop - index, max(_BLOCK // self._run, 1))
                 count -= self._at(index + count - 1) + self._run > end
-                self._scatter(index, count, offset, view)
+                self._scatter(index, count, offset, view, dense)
                 index += count
 
-    def _scatter(self, index: int, count: int, offset: int, view: memoryview) -> None:
+    def _scatter(self, index: int, count: int, offset: int, view: memoryview, dense: memoryview | None) -> None:
         """Read many short runs at once, and put each to its place."""
         import numpy as np
 
         block = bytearray(count * self._run)
-        _read(self._info, index * self._run, memoryview(block))
+        _read(self._info, index * self._run, memoryview(block), dense)
         places = np.full(count, self._base - offset, np.int64)
         rest: Any = np.arange(index, index + count)
         for size, step in zip(reversed(self._outer), reversed(self._steps), strict=True):
@@ -180,11 +183,11 @@ class _Part:
         target[places[:, None] + np.arange(self._run)] = np.frombuffer(block, np.uint8).reshape(count, self._run)
 
 
-def _read(info: TensorInfo, start: int, view: memoryview) -> None:
-    """Fill a view with a part of a tensor's row-major bytes."""
+def _read(info: TensorInfo, start: int, view: memoryview, dense: memoryview | None = None) -> None:
+    """Fill a view with a part of a tensor's row-major bytes: of `dense` where they lie otherwise."""
     storage = info.storage
-    if not info.contiguous:
-        view[:] = _dense(info)[start : start + len(view)]
+    if dense is not None:
+        view[:] = dense[start : start + len(view)]
     elif storage.data is not None:
         view[:] = storage.data[info.start + start : info.start + start + len(view)]
     else:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from anycard.containers import inflated
-from anycard.containers.inflated import Inflated
+from anycard.containers.inflated import Inflated, Kept
 from anycard.containers.zip_directory import Record, read_directory
 from anycard.disk.source import MemorySource, Source
 from anycard.errors import FormatError
@@ -87,6 +87,7 @@ class Archive:
         self.source = source
         self.records = records
         self.limits = limits
+        self.kept = Kept()
         self._by_name: dict[str, Record] = {}
         self._twice: set[str] = set()
         for name, record in records.items():
@@ -198,7 +199,7 @@ class Storages:
 def storage_of(archive: Archive, record: Record, key: str, location: str, big: bool) -> Storage:
     """The bytes of a record."""
     if record.compressed:
-        data = Inflated(archive.source, record)
+        data = Inflated(archive.source, record, archive.kept)
         return Storage(key, record.nbytes, location, archive.source, data=data, big_endian=big)
     if isinstance(archive.source, MemorySource):  # an archive within something that was inflated: no place in a file
         held = archive.source.read(record.offset, record.nbytes)
