@@ -202,6 +202,33 @@ def test_a_pickle_with_the_looks_of_another_format_is_found(tmp_path: Path, hidd
     assert status == 1 and any(finding["name"].startswith("absent") for finding in report["findings"])
 
 
+@pytest.mark.parametrize("how", ["twice", "sparse of GNU", "sparse of pax", "beyond the end of numbers"])
+def test_tars_with_odd_members(tmp_path: Path, how: str) -> None:
+    """Both of one name are followed; what lies in holes is not read, and said."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for data in (ATTACKS["reduce, protocol 0"], pickle.dumps({"a": 1})):
+            info = tarfile.TarInfo("a.pkl")
+            info.size = len(data)
+            info.type = b"S" if how == "sparse of GNU" else b"0"
+            info.pax_headers = {"GNU.sparse.major": "1"} if how == "sparse of pax" else {}
+            archive.addfile(info, io.BytesIO(data))
+        if how == "beyond the end of numbers":
+            info = tarfile.TarInfo("b")
+            archive.addfile(info)
+            info.size = 1 << 70
+            out.write(info.tobuf(tarfile.GNU_FORMAT))
+    (tmp_path / "a.tar").write_bytes(out.getvalue())
+    status, report = scanned(tmp_path / "a.tar")
+    assert status == (2 if "sparse" in how else 1)
+    if "sparse" in how:
+        assert "sparse" in report["unreadable"][0]
+        with pytest.raises(anycard.FormatError, match="sparse"):
+            anycard.open(tmp_path / "a.tar")
+    else:
+        assert report["findings"][0]["name"].endswith("system")
+
+
 @pytest.mark.parametrize("nbytes", [93, 376, 640, 19280, 24184, 35615, 40056, 0x685A42])
 def test_safetensors_whose_length_looks_like_a_magic_number(tmp_path: Path, nbytes: int) -> None:
     """lzma's, zlib's, pickle's, a zip's, gzip's and bz2's first bytes are lengths that headers have."""

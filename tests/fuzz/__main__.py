@@ -43,15 +43,16 @@ def fuzzed(reader: str, home: Path, seconds: float) -> Row:
     """One reader for a time; its process is started again where a crash or a hang ends it."""
     for name in ("corpus", "finds"):
         (home / name).mkdir(parents=True, exist_ok=True)
-    until, said = time.monotonic() + seconds, ""
+    until, said, runs = time.monotonic() + seconds, "", 0
     for _ in range(_STARTS):
         left = round(until - time.monotonic())
         if left < 1:
             break
-        said += _started(reader, home, left)
+        one = _started(reader, home, left)
+        runs += max(map(int, re.findall(r"^#(\d+)\t", one, re.MULTILINE)), default=0)
+        said += one
     finds = [text for file in sorted((home / "finds").iterdir()) if (text := _kept(file, reader))]
     features = [int(n) for n in re.findall(r" ft: (\d+)", said)]
-    runs = sum(map(int, re.findall(r"number_of_executed_units: (\d+)", said)))
     inputs = len(list((home / "corpus").iterdir()))
     (home / "log").write_text(said, encoding="utf-8")
     return Row(reader, runs, max(features, default=0), inputs, finds)
@@ -62,8 +63,8 @@ def _started(reader: str, home: Path, seconds: int) -> str:
     folder = ["folder"] if READERS[reader].folder else []
     done = subprocess.run(command + folder, capture_output=True, check=False, cwd=HERE.parent)
     said = done.stderr.decode("utf-8", "replace")
-    if " ft: " not in said:
-        raise SystemExit(f"the fuzzer of {reader} does not start: {said[-2000:]}")
+    if " ft: " not in said or "Uncaught Python exception" in said:  # ours: those of readers are caught
+        raise SystemExit(f"the fuzzer of {reader} is wrong: {said[-2000:]}")
     return said
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from anycard.containers.zip_directory import Record
 from anycard.disk.source import Source
 from anycard.errors import FormatError
@@ -24,7 +26,11 @@ def read_tar(source: Source, limits: Limits) -> dict[str, Record]:
     Raises:
         FormatError: A header is damaged, or a member does not lie in the file.
     """
-    found: dict[str, Record] = {}
+    return {member.name: member for member in members(source, limits)}
+
+
+def members(source: Source, limits: Limits) -> Iterator[Record]:
+    """The regular members in their order; FormatError as `read_tar`, once those before are given."""
     at = 0
     count = 0
     said: dict[str, str] = {}
@@ -45,11 +51,12 @@ def read_tar(source: Source, limits: Limits) -> dict[str, Record]:
             said.update(_said(kind, source.read(data, _bounded(size, at)), at))
         elif kind not in (b"g", b"K"):
             name = (said.get("path") or _name(header)).removeprefix("./")
+            if kind == b"S" or any(key.startswith("GNU.sparse.") for key in said):
+                raise FormatError(f"member {name[:200]!r} is sparse, which is not read", offset=at)
             if kind in _REGULAR and name:
-                found[name] = Record(name, data, size, size, None, False)
+                yield Record(name, data, size, size, None, False)
             said = {}
         at = data + size + -size % _BLOCK
-    return found
 
 
 def _bounded(size: int, at: int) -> int:

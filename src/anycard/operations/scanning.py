@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import tarfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from anycard.containers.inflated import Inflated, inflates_like_a_bomb, record_bytes
 from anycard.containers.streams import inflated, kind_of
+from anycard.containers.tar_directory import members
 from anycard.containers.zip_directory import Record as ZipRecord
 from anycard.containers.zip_directory import read_directory
 from anycard.containers.zip_salvage import salvage
@@ -123,15 +123,13 @@ class _Scanner:
             self._legacy_tar(source, where, depth)
             return
         try:
-            data = source.read(0, min(source.size, self._limits.index_nbytes))
-            with tarfile.open(fileobj=io.BytesIO(data)) as held:
-                for member in held:
-                    file = held.extractfile(member) if member.isfile() else None
-                    if file is not None:
-                        data = file.read()
-                        self._bytes(data, join(where, member.name), depth + 1, told_by(member.name, data, _PLAIN))
-        except (tarfile.TarError, ValueError, OSError, EOFError) as error:
-            self._unreadable(where, f"the tar archive cannot be followed to its end: {error}")
+            for member in members(source, self._limits):
+                inner = WindowSource(source, member.offset, member.nbytes)
+                head = inner.read(0, min(inner.size, 16))
+                context = told_by(member.name, head, _PLAIN)
+                self.file(inner, join(where, member.name), depth + 1, context)
+        except FormatError as error:
+            self._unreadable(where, f"the tar archive cannot be followed to its end: {error.args[0]}")
 
     def _array(self, source: Source, where: str, depth: int) -> None:
         """A `.npy` file: an array of objects is a pickle behind the header."""
