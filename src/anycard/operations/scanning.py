@@ -13,7 +13,7 @@ from anycard.containers.tar_directory import members
 from anycard.containers.zip_directory import Record as ZipRecord
 from anycard.containers.zip_directory import read_directory
 from anycard.containers.zip_salvage import salvage
-from anycard.disk.source import Source, StreamSource, open_source
+from anycard.disk.source import Source, StreamSource, WindowSource, open_source
 from anycard.errors import FormatError
 from anycard.formats.legacy_tar import is_legacy_tar
 from anycard.formats.legacy_tar import read_index as read_legacy_tar
