@@ -19,6 +19,7 @@ from anycard.names.choosing import canonical_names, pick
 from anycard.names.contents import Contents, contents
 from anycard.names.plain import Plain
 from anycard.names.stored import Found, StateDict, find_state_dicts
+from anycard.progress import Progress
 from anycard.tensors import DTYPES, TensorInfo
 
 _LISTED = 10_000  # elements of a numpy array beside the weights that are spelt out
@@ -178,7 +179,7 @@ class Checkpoint:
             return found[name]
         raise CheckpointError(f"{self.path} holds no tensor {name!r}", path=self.path, name=name)
 
-    def fingerprint(self, key: str | None = None) -> str:
+    def fingerprint(self, key: str | None = None, *, progress: Progress = None) -> str:
         """`blake3:` and 64 hex digits: the same for the same weights in any format, any wrapper.
 
         Raises:
@@ -188,7 +189,7 @@ class Checkpoint:
         from anycard.operations.fingerprinting import fingerprint_of
 
         with naming(self.path):
-            found = fingerprint_of(self.weights(key), self._limits)
+            found = fingerprint_of(self.weights(key), self._limits, progress=progress)
         told = self.metadata.get(FINGERPRINT) if key is None and self.marked else None
         if told is not None and told != found:
             raise FormatError("the file is damaged: it says another fingerprint of itself", path=self.path)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_PATIENCE = 1.0  # seconds that work may take without a bar
 
 Progress = bool | Callable[[int, int], None] | None
 
@@ -31,11 +35,30 @@ def counting(progress: Progress, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes and rate, on a terminal only, once the work has taken a second."""
+    if not sys.stderr.isatty():
+        yield lambda nbytes: None
+        return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeRemainingColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda nbytes: bar.advance(task, nbytes)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    start, done = time.monotonic(), 0
+    task: TaskID | None = None
+    lock = threading.Lock()
+
+    def advance(nbytes: int) -> None:
+        nonlocal done, task
+        with lock:
+            done += nbytes
+            if task is not None:
+                bar.update(task, completed=done)
+            elif time.monotonic() - start > _PATIENCE:
+                task = bar.add_task("", total=total, completed=done)
+                bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

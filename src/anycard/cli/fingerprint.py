@@ -16,7 +16,7 @@ from anycard.operations.fingerprinting import fingerprint
 @AS_JSON
 def command(file: str, key: str | None, member: str | None, as_json: bool) -> None:
     """The hash of FILE's weights: the same in any format, any wrapper."""
-    value = fingerprint(file, key=key, member=member)
+    value = fingerprint(file, key=key, member=member, progress=True)
     if as_json:
         print_json({"path": file, "fingerprint": value})
     else:

@@ -18,7 +18,7 @@ from anycard.operations.verification import Report, verify
 @AS_JSON
 def command(file: str, member: str | None, as_json: bool) -> None:
     """Check every checksum in FILE. Exit 1 where something is damaged."""
-    report = verify(file, member=member)
+    report = verify(file, member=member, progress=True)
     if as_json:
         print_json({**asdict(report), "ok": report.ok})
     else:

@@ -13,6 +13,7 @@ from anycard.disk.pieces import FileRange, Lazy, Piece
 from anycard.disk.threads import in_threads
 from anycard.limits import DEFAULT, Limits
 from anycard.names import fingerprint as lines
+from anycard.progress import Progress, counting
 from anycard.tensors import TensorInfo
 
 _CHUNK = 1 << 20  # bytes that are summed while they are in the processor's cache
@@ -35,7 +36,7 @@ def piece_of(info: TensorInfo, name: str) -> Piece:
     return Lazy(info.nbytes, lambda: tensor_bytes(info))
 
 
-def fingerprint_of(tensors: Mapping[str, TensorInfo], limits: Limits = DEFAULT) -> str:
+def fingerprint_of(tensors: Mapping[str, TensorInfo], limits: Limits = DEFAULT, *, progress: Progress = None) -> str:
     """`blake3:` and 64 hex digits of canonical name -> tensor; tied ones are read once."""
     names = {info.place: (name, info) for name, info in tensors.items()}
     digests: dict[object, str] = {}
@@ -44,14 +45,22 @@ def fingerprint_of(tensors: Mapping[str, TensorInfo], limits: Limits = DEFAULT) 
         digest = blake3()
         for chunk in piece_of(named[1], named[0]).chunks(_CHUNK):
             digest.update(chunk)
+            done(len(chunk))
         digests[named[1].place] = digest.hexdigest()
 
-    in_threads(list(names.values()), work, limits.threads)
+    with counting(progress, sum(info.nbytes for _, info in names.values())) as done:
+        in_threads(list(names.values()), work, limits.threads)
     made = {n: lines.tensor_line(n, info.dtype, info.shape, digests[info.place]) for n, info in tensors.items()}
     return lines.fingerprint(made)
 
 
-def fingerprint(path: str | os.PathLike[str] | BinaryIO, *, key: str | None = None, member: str | None = None) -> str:
+def fingerprint(
+    path: str | os.PathLike[str] | BinaryIO,
+    *,
+    key: str | None = None,
+    member: str | None = None,
+    progress: Progress = None,
+) -> str:
     """The fingerprint of a file's weights."""
     with open_checkpoint(path, member=member) as ckpt:
-        return ckpt.fingerprint(key)
+        return ckpt.fingerprint(key, progress=progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -16,6 +16,7 @@ from anycard.formats.assembled import Assembled
 from anycard.formats.safetensors import FINGERPRINT
 from anycard.limits import DEFAULT, Limits
 from anycard.operations.fingerprinting import fingerprint_of
+from anycard.progress import Progress, counting
 from anycard.tensors import Storage
 
 _CHUNK = 1 << 20  # bytes that are summed while they are in the processor's cache
@@ -44,24 +45,25 @@ class Report:
         return not self.damaged
 
 
-def verify(path: str | os.PathLike[str] | BinaryIO, *, member: str | None = None) -> Report:
+def verify(path: str | os.PathLike[str] | BinaryIO, *, member: str | None = None, progress: Progress = None) -> Report:
     """Check every checksum in a file.
 
     Args:
         member: Which file, where this one holds checkpoints inside.
+        progress: True for a bar on stderr, or a function of (done, total) bytes.
 
     Raises:
         FormatError: The index cannot be read.
         ChoiceError: Several checkpoints are inside, and no `member` was given.
     """
     with open_checkpoint(path, member=member) as ckpt:
-        return verify_checkpoint(ckpt)
+        return verify_checkpoint(ckpt, progress=progress)
 
 
-def verify_checkpoint(ckpt: Checkpoint, limits: Limits = DEFAULT) -> Report:
+def verify_checkpoint(ckpt: Checkpoint, limits: Limits = DEFAULT, *, progress: Progress = None) -> Report:
     """The same, of an open checkpoint."""
     if ckpt.format == "safetensors":
-        return _by_fingerprint(ckpt, limits)
+        return _by_fingerprint(ckpt, limits, progress)
     names: dict[int, list[str]] = {}
     storages: dict[int, Storage] = {}
     for name, info in ckpt.tensors.items():
@@ -72,7 +74,8 @@ def verify_checkpoint(ckpt: Checkpoint, limits: Limits = DEFAULT) -> Report:
     unchecked: list[str] = []
     summed = [storage for storage in storages.values() if storage.crc is not None and storage.offset is not None]
     crcs: dict[int, int] = {}
-    in_threads(summed, lambda storage: crcs.update({id(storage): _crc(storage)}), limits.threads)
+    with counting(progress, sum(storage.nbytes for storage in summed)) as done:
+        in_threads(summed, lambda storage: crcs.update({id(storage): _crc(storage, done)}), limits.threads)
     for place, storage in storages.items():
         if place not in crcs:
             unchecked += names[place]
@@ -105,19 +108,20 @@ def _other_records(ckpt: Checkpoint, storages: dict[int, Storage], limits: Limit
     return damaged
 
 
-def _crc(storage: Storage) -> int:
+def _crc(storage: Storage, done: Callable[[int], None]) -> int:
     assert storage.source is not None and storage.offset is not None
     crc = 0
     for chunk in FileRange(storage.source, storage.offset, storage.nbytes).chunks(_CHUNK):
         crc = zlib_ng.crc32(chunk, crc)
+        done(len(chunk))
     return crc
 
 
-def _by_fingerprint(ckpt: Checkpoint, limits: Limits) -> Report:
+def _by_fingerprint(ckpt: Checkpoint, limits: Limits, progress: Progress) -> Report:
     stored = ckpt.metadata.get(FINGERPRINT)
     names = tuple(ckpt.tensors)
     if stored is None:
         return Report(ckpt.path, ckpt.format, (), names, 0)
-    if fingerprint_of({**ckpt.tensors, **ckpt.ties}, limits) != stored:
+    if fingerprint_of({**ckpt.tensors, **ckpt.ties}, limits, progress=progress) != stored:
         return Report(ckpt.path, ckpt.format, names, (), 0)
     return Report(ckpt.path, ckpt.format, (), (), len(names))
