@@ -210,10 +210,7 @@ class Machine:
         """A value of the memo; a finished array or tensor is its tensor."""
         value = self.memo.get(index, MARK)
         if value is MARK:
-            self.settle()
-            value = self.memo.get(index, MARK)
-            if value is MARK:
-                raise FormatError("the pickle's memo lacks what is asked of it")
+            raise FormatError("the pickle's memo lacks what is asked of it")
         if value is self._maker and self.shortcut is not None:
             return self.shortcut.tensor() or value
         if isinstance(value, Built) and value.result is not None:
@@ -226,11 +223,6 @@ class Machine:
         if value is MARK or index in self.pinned:
             raise FormatError("the pickle puts a mark into its memo, or writes one place of it twice")
         self.memo[index] = value
-
-    def settle(self) -> None:
-        """Put into the memo what a shortcut passed by."""
-        if self.shortcut is not None and self.shortcut.passed:
-            self.shortcut.settle()
 
     # Objects.
 

@@ -197,7 +197,6 @@ def _put(m: Machine) -> None:
 
 @_op(b"\x94")
 def _memoize(m: Machine) -> None:
-    m.settle()
     m.remember(len(m.memo))
 
 

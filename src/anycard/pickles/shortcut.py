@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
-from anycard.errors import FormatError
 from anycard.pickles.stubs import Inert
 from anycard.pickles.views import StoredStorage, ints, is_storage_class, sized
 from anycard.tensors import DTYPES, TensorInfo, span_numel
@@ -21,31 +21,27 @@ if TYPE_CHECKING:
     from anycard.pickles.machine import Machine
 
 
-def _pattern(put: bytes) -> re.Pattern[bytes]:
-    """The arguments of `_rebuild_tensor_v2` and the call, with what is to stand for its puts into the memo."""
-    parts = {b"number": rb"(?:K.|M..|J....)", b"get": rb"(?:h.|j....)", b"put": put}
-    new = rb"(%(number)s\x85|%(number)s{2}\x86|%(number)s{3}\x87|\(%(number)s{4,8}t)(q.|r....)"
-    sizes = rb"(?:(\)|%(get)s)|" + new + rb")"
-    storage = rb"\((%(get)s%(get)s)X(.)\0\0\0([0-9]{1,20})%(put)s(%(get)s)(%(number)s)(N?)t%(put)sQ"
-    rest = rb"(%(number)s)" + sizes + sizes + rb"([\x88\x89])(%(get)s)\)R%(put)st(?:%(put)s)?R(q.|r....)"
-    return re.compile((rb"\(" + storage + rest) % parts, re.DOTALL)
-
-
-_TENSOR = _pattern(rb"(?:q.|r....)")
-_PUTS = _pattern(rb"(q.|r....)")
+_PARTS = {b"number": rb"(?:K.|M..|J....)", b"get": rb"(?:h.|j....)", b"put": rb"(q.|r....)"}
+_NEW = rb"(%(number)s\x85|%(number)s{2}\x86|%(number)s{3}\x87|\(%(number)s{4,8}t)%(put)s"
+_SIZES = rb"(?:(\)|%(get)s)|" + _NEW + rb")"
+_STORAGE = rb"\((%(get)s%(get)s)X(.)\0\0\0([0-9]{1,20})%(put)s(%(get)s)(%(number)s)(N?)t%(put)sQ"
+_REST = rb"(%(number)s)" + _SIZES + _SIZES + rb"([\x88\x89])(%(get)s)\)R%(put)st%(put)s?R%(put)s"
+# The arguments of `_rebuild_tensor_v2`, and the call.
+_TENSOR = re.compile((rb"\(" + _STORAGE + _REST) % _PARTS, re.DOTALL)
 _TOKEN = re.compile(rb"[Kh].|M..|[Jj]....", re.DOTALL)
-_Shape = tuple[tuple[int, ...], tuple[int, ...], int]
+_Sizes = tuple[int, ...]
 
 
 class Shortcut:
-    """The shortcut for one machine; what it put into the memo beside the tensors is put there when asked for."""
+    """The shortcut for one machine."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._known: dict[tuple[bytes, bytes, bytes], tuple[type[StoredStorage], str, int]] = {}
         self._numbers: dict[bytes, int] = {}
-        self._shapes: dict[tuple[bytes, bytes], _Shape] = {}
-        self.passed: list[int] = []
+        self._shapes: dict[bytes, _Sizes] = {}
+        self._spans: dict[tuple[_Sizes, _Sizes], int] = {}
+        self.taken = 0
 
     def tensor(self) -> TensorInfo | None:
         """The tensor whose arguments stand here; None, and nothing done, where that is for the interpreter to read."""
@@ -53,83 +49,74 @@ class Shortcut:
         found = _TENSOR.match(m.data, m.pos)
         if found is None:
             return None
-        kind, size, key, place, numel, none, offset, *sizes, grad, hooks, put = found.groups()
+        kind, size, key, put_key, place, numel, none, put_pid, offset, *sizes = found.groups()
+        *sizes, grad, hooks, put_hooks, put_args, put = sizes
         known = self._known.get((kind, place, hooks)) or self._recognised((kind, place, hooks))
-        if known is None or size[0] != len(key):
+        shaped = self._shaped(*sizes)
+        if known is None or shaped is None or size[0] != len(key):
             return None
-        cls, location, itemsize = known
-        pid = ("storage", cls, key.decode(), location, self._number(numel))
-        stored = m.persistent_load((*pid, None) if none else pid)
-        shaped = self._sizes(*sizes)
-        if shaped is None:
+        (cls, location, itemsize), (shape, stride, span) = known, shaped
+        name, first = key.decode(), self._number(offset)
+        pid = ("storage", cls, name, location, self._number(numel), *((None,) if none else ()))
+        stored = m.persistent_load(pid)
+        start, storage = stored.start + first * itemsize, stored.storage
+        if storage is None or first < 0 or (span and start + span * itemsize > storage.nbytes):
             return None
-        shape, stride, span = shaped
-        start = stored.start + self._number(offset) * itemsize
-        storage = stored.storage
-        if storage is None or start < stored.start or (span and start + span * itemsize > storage.nbytes):
+        wants_grad = grad == b"\x88"
+        made = TensorInfo(str(cls.dtype), shape, storage, stride=stride, start=start, requires_grad=wants_grad)
+        after: OrderedDict[Any, Any] = OrderedDict()
+        args = (stored, first, shape, stride, wants_grad, after)
+        puts = (put_key, put_pid, sizes[2], sizes[5], put_hooks, put_args, put)
+        if not self._put(puts, (name, pid, shape, stride, after, args, made), sizes):
             return None
-        made = TensorInfo(str(cls.dtype), shape, storage, stride=stride, start=start, requires_grad=grad == b"\x88")
         m.budget.spend(8)
-        m.memo[_index(put)] = made
-        self.passed.append(m.pos)
         m.pos = found.end()
+        self.taken += 1
         return made
 
-    def _sizes(
+    def _put(self, puts: Sequence[bytes | None], values: Sequence[Any], sizes: Sequence[bytes | None]) -> bool:
+        """Into the memo, what the interpreter would have put there on its way.
+
+        False, and nothing done, where a place is written twice, or is asked for within the same tensor: picklers do
+        not write so (but for strides that are the sizes just put), and order matters then.
+        """
+        placed = {_index(put): value for put, value in zip(puts, values, strict=True) if put is not None}
+        held = {_index(get) for get in (sizes[0], sizes[3]) if get is not None and get != b")"}
+        if sizes[2] is not None:
+            held.discard(_index(sizes[2]))
+        m = self._machine
+        if len(placed) < 7 - puts.count(None) or not (m.pinned.isdisjoint(placed) and held.isdisjoint(placed)):
+            return False
+        m.memo.update(placed)
+        return True
+
+    def _shaped(
         self, held: bytes | None, new: bytes | None, put: bytes | None,
         held_steps: bytes | None, new_steps: bytes | None, put_steps: bytes | None,
-    ) -> _Shape | None:  # fmt: skip
-        """Sizes and strides, spelt out or by their places in the memo, and the elements that they span.
+    ) -> tuple[_Sizes, _Sizes, int] | None:  # fmt: skip
+        """Sizes and strides, spelt out or by their places in the memo, and the elements that they span."""
+        shape = self._tuple(held or new or b"")
+        same = held_steps is not None and put is not None and _index(held_steps) == _index(put)
+        stride = shape if same else self._tuple(held_steps or new_steps or b"")
+        if shape is None or stride is None:
+            return None
+        span = self._spans.get((shape, stride))
+        if span is None:
+            budget = self._machine.budget
+            sized(ints(budget, shape, "shape"), ints(budget, stride, "stride"))
+            span = self._spans[shape, stride] = span_numel(shape, stride)
+        return shape, stride, span
 
-        Later tensors refer to them, so they go into the memo at once.
-        """
-        raw = (held or new or b"", held_steps or new_steps or b"")
+    def _tuple(self, raw: bytes) -> _Sizes | None:
+        """Numbers; None where the memo has no tuple in that place, for lists may change."""
+        if raw[:1] in (b"h", b"j"):
+            value = self._machine.memo.get(_index(raw))
+            return value if type(value) is tuple and all(type(size) is int for size in value) else None
         found = self._shapes.get(raw)
         if found is None:
-            budget, told = self._machine.budget, (self._tuple(raw[0]), self._tuple(raw[1]))
-            if not (isinstance(told[0], tuple) and isinstance(told[1], tuple)):  # a list may change
-                return None
-            shape, stride = ints(budget, told[0], "shape"), ints(budget, told[1], "stride")
-            sized(shape, stride)
-            found = self._shapes[raw] = (shape, stride, span_numel(shape, stride))
-        if put is not None:
-            self._machine.memo[_index(put)] = found[0]
-        if put_steps is not None:
-            self._machine.memo[_index(put_steps)] = found[1]
+            tokens = _TOKEN.findall(raw, raw[:1] == b"(", len(raw) - 1)
+            found = self._shapes[raw] = tuple(self._number(token) for token in tokens)
         return found
-
-    def _tuple(self, raw: bytes) -> Any:
-        if raw[:1] in b"hj":
-            self._machine.pinned.add(_index(raw))
-            return self._machine.memo.get(_index(raw))
-        return tuple(self._number(number) for number in _TOKEN.findall(raw, raw[:1] == b"(", len(raw) - 1))
-
-    def settle(self) -> None:
-        """Put what the interpreter would have put into the memo on its way through the tensors passed.
-
-        Raises:
-            FormatError: An entry of the memo is written twice, which no pickler does.
-        """
-        m, passed = self._machine, self.passed
-        self.passed = []
-        for start in passed:
-            found = _PUTS.match(m.data, start)
-            assert found is not None
-            for put, value in self._values(found):
-                if put is not None and m.memo.setdefault(_index(put), value) is not value:
-                    raise FormatError("the pickle's memo is written twice in one place")
-
-    def _values(self, found: re.Match[bytes]) -> list[tuple[bytes | None, Any]]:
-        kind, _, key, put_key, place, numel, none, put_pid, offset, *rest = found.groups()
-        *sizes, grad, hooks, put_hooks, put_args, _ = rest
-        cls, location, _ = self._known[kind, place, hooks]
-        shape, stride, _ = self._sizes(*sizes) or ((), (), 0)
-        name = key.decode()
-        pid = ("storage", cls, name, location, self._number(numel), *((None,) if none else ()))
-        after: OrderedDict[Any, Any] = OrderedDict()
-        stored = self._machine.persistent_load(pid)
-        args = (stored, self._number(offset), shape, stride, grad == b"\x88", after)
-        return list(zip((put_key, put_pid, put_hooks, put_args), (name, pid, after, args), strict=True))
 
     def _number(self, raw: bytes) -> int:
         value = self._numbers.get(raw)
