@@ -34,6 +34,8 @@ from torch import nn
 import anycard
 from anycard.cli.main import cli
 from helpers import assert_same, filled, weights
+from test_folders_zero import HALF, MIXED, zero_folder
+from test_folders_zero import Net as ZeroNet
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "formats" / "README.md"
 START, END = "<!-- what tests/format_table.py printed -->\n", "<!-- end -->\n"
@@ -67,6 +69,7 @@ class Row(NamedTuple):
     make: Make
     want: dict[str, torch.Tensor] = WANT
     classes: tuple[str, ...] = ()
+    model: Callable[[], nn.Module] = Net
 
 
 def torch_saved(value: Any, **options: Any) -> bytes:
@@ -146,17 +149,8 @@ def unpacked(work: Path) -> Path:
     return work / "archive"
 
 
-def zero(work: Path) -> Path:
-    from test_folders_members import zero_folder
-
-    return zero_folder(work / "run")
-
-
-def _zero_want() -> dict[str, torch.Tensor]:
-    import test_folders_members
-
-    held = test_folders_members.WANT
-    return {name: t.bfloat16() if t.is_floating_point() else t for name, t in held.items()}
+def zero(work: Path, stage: int) -> Path:
+    return zero_folder(work / "run", stage)
 
 
 ROWS = (
@@ -184,7 +178,8 @@ ROWS = (
     Row("tar of checkpoints (.nemo)", "holders", lambda w: held(w, "pax.nemo")),
     Row("torch file, gzip", "holders", lambda w: written(w, "m.pth.gz", gzip.compress(torch_saved(WANT)))),
     Row("unpacked torch zip", "holders", unpacked),
-    Row("DeepSpeed ZeRO folder", "holders", zero, want=_zero_want()),
+    Row("DeepSpeed ZeRO-2 folder", "zero", lambda w: zero(w, 2), HALF, model=ZeroNet),
+    Row("DeepSpeed ZeRO-3 folder", "zero", lambda w: zero(w, 3), MIXED, model=ZeroNet),
 )  # fmt: skip
 
 
@@ -198,15 +193,9 @@ def _read(row: Row, path: Path, work: Path) -> None:
     assert_same(anycard.read(path), row.want)
 
 
-def _model(row: Row) -> nn.Module:
-    from test_folders_members import net
-
-    return filled(Net() if row.want is WANT else net().bfloat16(), 1)
-
-
 def _load(row: Row, path: Path, work: Path) -> None:
-    model = _model(row)
-    anycard.load(path, model)
+    model = filled(row.model(), 1)
+    anycard.load(path, model, dtype="auto")
     assert_same(weights(model), row.want)
 
 

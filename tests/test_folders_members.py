@@ -1,4 +1,4 @@
-"""Files that hold checkpoints: zips, tars, compressed files; an unpacked torch zip; a ZeRO folder."""
+"""Files that hold checkpoints: zips, tars, compressed files; an unpacked torch zip."""
 
 from __future__ import annotations
 
@@ -260,34 +260,3 @@ def test_unpacked_torch_zip(tmp_path: Path) -> None:
     (inner / "data" / "0").unlink()
     with pytest.raises(anycard.FormatError, match="data/0"):
         anycard.read(inner)
-
-
-def zero_folder(folder: Path) -> Path:
-    """A folder as DeepSpeed's ZeRO-2 leaves it, after the description in its zero_to_fp32.py."""
-    step = folder / "global_step10"
-    step.mkdir(parents=True)
-    module = {name: t.bfloat16() if t.is_floating_point() else t for name, t in WANT.items()}
-    shapes = [{name: t.shape for name, t in WANT.items() if t.is_floating_point()}]
-    torch.save({"module": module, "param_shapes": shapes, "optimizer": None, "global_steps": 10, "dp_world_size": 2},
-               step / "mp_rank_00_model_states.pt")  # fmt: skip
-    for rank in range(2):
-        masters = {"zero_stage": 2, "partition_count": 2, "single_partition_of_fp32_groups": [torch.zeros(40)]}
-        torch.save({"optimizer_state_dict": masters}, step / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-    (folder / "latest").write_text("global_step10")
-    (folder / "zero_to_fp32.py").write_text("")
-    return folder
-
-
-def test_zero_folder(tmp_path: Path) -> None:
-    """The model's own weights; the partitioned masters are named."""
-    folder = zero_folder(tmp_path / "run")
-    want = {name: t.bfloat16() if t.is_floating_point() else t for name, t in WANT.items()}
-    for path in (folder, folder / "global_step10"):
-        assert_same(anycard.read(path), want)
-        with anycard.open(path) as ckpt:
-            assert "0.weight" in ckpt.metadata["zero_fp32_masters"]
-            assert len(ckpt.metadata["zero_fp32_files"]) == 2
-    (folder / "global_step20").mkdir()
-    torch.save({"module": OTHER}, folder / "global_step20" / "mp_rank_00_model_states.pt")
-    assert_same(anycard.read(folder), want)  # `latest` decides
-    assert_same(anycard.read(folder, member="global_step20"), OTHER)

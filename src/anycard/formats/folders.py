@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from anycard.disk.folder import Folder
 from anycard.errors import FormatError
-from anycard.formats import dcp, dcp_safetensors, shards, unpacked, zero
+from anycard.formats import dcp, dcp_safetensors, shards, unpacked, zero, zero_masters
 from anycard.formats.choosing_members import may_be, meant, no_member
 from anycard.formats.index import Index
 from anycard.formats.registry import read_index as read_any
@@ -38,10 +38,12 @@ def read_index(folder: Folder, limits: Limits, member: str | None = None) -> Ind
     """
     files = folder.files()
     found = units(files)
+    latest = zero.latest(folder, files) if member == zero_masters.MASTERS or (member is None and not found) else None
+    if latest is not None:
+        return read_index(latest, limits, member)
+    if zero_masters.are_meant(files, member):
+        return zero_masters.read_index(folder, files, limits)
     if member is None and not found:
-        latest = zero.latest(folder, files)
-        if latest is not None:
-            return read_index(latest, limits)
         files = folder.files(depth=2)
         found = _deeper(files)
     labels = [unit.label for unit in found]

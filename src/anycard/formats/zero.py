@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO folders: the model's own file is a torch zip; the fp32 masters are named, not put together.
+"""DeepSpeed's ZeRO folders: the step that is meant, and what the fp32 masters are called.
 
 Source: deepspeed/runtime/engine.py `_save_checkpoint`, deepspeed/utils/zero_to_fp32.py.
 """

@@ -16,7 +16,7 @@ _DEEPEST = 6  # levels of dicts in which state dicts are looked for
 # Keys of a training checkpoint below which no state dict of a model lies.
 _NOT_WEIGHTS = (
     "optimizer", "optim", "optimizer_states", "lr_scheduler", "lr_schedulers", "scheduler", "callbacks",
-    "loops", "scaler", "grad_scaler", "amp", "hyper_parameters", "hparams",
+    "loops", "scaler", "grad_scaler", "amp", "hyper_parameters", "hparams", "frozen_param_fragments",
 )  # fmt: skip
 # Keys that hold a state dict, whatever lies beside them.
 _HOLDERS = frozenset(

@@ -104,7 +104,9 @@ def _to_zip(ckpt: Checkpoint, key: str | None, dst: str, progress: Progress) -> 
 
 
 def _refuse_other_tensors(ckpt: Checkpoint, found: StateDict) -> None:
-    others = [name for name in ckpt.tensors if found.key and not name.startswith(found.key + ".")]
+    taken = {info.place for info in found.tensors.values()}  # under another name too: nothing is lost
+    beside = {n: i for n, i in ckpt.tensors.items() if found.key and not n.startswith(found.key + ".")}
+    others = [name for name, info in beside.items() if info.place not in taken]
     if others:
         raise ChoiceError(
             f"{ckpt.path} holds tensors beside {found.key!r}, which safetensors would lose: "
