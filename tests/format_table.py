@@ -143,6 +143,13 @@ def held(work: Path, kind: str) -> Path:
     return HOLDERS[kind](work / kind, {"notes.txt": b"x", "net.pt": torch_saved(WANT)})
 
 
+def archived(work: Path, kind: str, folder: Path) -> Path:
+    from test_archived_sets import files_of
+    from test_folders_members import HOLDERS
+
+    return HOLDERS[kind](work / kind, files_of(folder, "model/"))
+
+
 def unpacked(work: Path) -> Path:
     with zipfile.ZipFile(io.BytesIO(torch_saved(WANT))) as archive:
         archive.extractall(work)
@@ -176,6 +183,8 @@ ROWS = (
     Row("DCP of safetensors", "dcp", dcp_safetensors),
     Row("zip of checkpoints", "holders", lambda w: held(w, "stored.zip")),
     Row("tar of checkpoints (.nemo)", "holders", lambda w: held(w, "pax.nemo")),
+    Row("zip of shards", "holders", lambda w: archived(w, "stored.zip", sharded(w, True))),
+    Row("tar of a DCP folder", "holders", lambda w: archived(w, "gz.nemo", distributed(w))),
     Row("torch file, gzip", "holders", lambda w: written(w, "m.pth.gz", gzip.compress(torch_saved(WANT)))),
     Row("unpacked torch zip", "holders", unpacked),
     Row("DeepSpeed ZeRO-2 folder", "zero", lambda w: zero(w, 2), HALF, model=ZeroNet),

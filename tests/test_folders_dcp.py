@@ -25,6 +25,7 @@ from anycard.formats.assembled import Chunk, Prover, assemble
 from anycard.operations.fingerprinting import fingerprint
 from anycard.tensors import Storage, TensorInfo
 from helpers import assert_same, bits, filled, unchanged, weights
+from test_folders_members import HOLDERS
 
 
 def net() -> nn.Sequential:
@@ -97,6 +98,8 @@ def test_tensors_that_several_ranks_wrote(tmp_path: Path, kind: str) -> None:
     assert fingerprint(folder) == fingerprint(tmp_path / "one.pt")
     anycard.convert(folder, tmp_path / "out.safetensors")
     assert_same(anycard.read(tmp_path / "out.safetensors"), want)
+    archived = HOLDERS["gz.nemo"](tmp_path / "a.nemo", {f"w/{p.name}": p.read_bytes() for p in folder.iterdir()})
+    assert_same(anycard.read(archived), want)
     with anycard.open(folder) as ckpt:
         assert ckpt.format == "DCP"
         if kind == "torch":

@@ -109,6 +109,12 @@ class Storage:
     big_endian: bool = False
     missing: str = ""
 
+    def settle(self) -> Storage:
+        """Of a part of a file, the place in the file itself."""
+        if self.source is not None and self.offset is not None:
+            self.source, self.offset = self.source.origin(self.offset)
+        return self
+
 
 class TensorInfo:
     """A stored tensor: a view (dtype, shape, stride) of a `Storage`. Immutable by convention.

@@ -18,15 +18,17 @@ class Unit(NamedTuple):
     """One checkpoint in a folder.
 
     Attributes:
-        label: What `member=` calls it: a file's name, or that of a set of shards with `*` for the number.
+        label: What `member=` calls it: a file's path, or that of a set of shards with `*` for the number.
         kind: "file", "index", "shards", "dcp" (`.metadata` and what it names), "dcp shards" (each rank's) or
             "unpacked" (a torch zip's records).
-        files: The files of a set of shards.
+        files: The files of a set of shards, by their names alone.
+        above: The folder that it lies in, from where it was looked for.
     """
 
     label: str
     kind: str
     files: tuple[str, ...] = ()
+    above: str = ""
 
 
 def read_index(folder: Folder, limits: Limits, member: str | None = None) -> Index:
@@ -45,7 +47,7 @@ def read_index(folder: Folder, limits: Limits, member: str | None = None) -> Ind
         return zero_masters.read_index(folder, files, limits)
     if member is None and not found:
         files = folder.files(depth=2)
-        found = _deeper(files)
+        found = units_below(files)
     labels = [unit.label for unit in found]
     if member is not None and member not in labels:
         return _member(folder, member, labels, limits)
@@ -65,18 +67,22 @@ def _member(folder: Folder, member: str, labels: list[str], limits: Limits) -> I
 
 
 def _read(folder: Folder, unit: Unit, limits: Limits) -> Index:
-    if unit.kind == "shards":
-        return shards.unindexed(folder, unit.files, limits)
-    if unit.kind == "dcp shards":
-        return dcp_safetensors.read_index(folder, unit.files, limits)
     if unit.kind == "file":
         return read_any(folder.open(unit.label), limits)
-    above = unit.label.rpartition("/")[0]
-    home = folder.open(above) if above else folder
+    home = folder.open(unit.above) if unit.above else folder
     assert isinstance(home, Folder)
-    if unit.kind == "index":
-        return shards.read_part(home, folder.open(unit.label), limits)
-    return dcp.read_index(home, limits) if unit.kind == "dcp" else unpacked.read_index(home, limits)
+    return unpacked.read_index(home, limits) if unit.kind == "unpacked" else read_set(home, unit, limits)
+
+
+def read_set(home: Folder, unit: Unit, limits: Limits) -> Index:
+    """The index of a checkpoint of several files, its folder given."""
+    if unit.kind == "shards":
+        return shards.unindexed(home, unit.files, limits)
+    if unit.kind == "dcp shards":
+        return dcp_safetensors.read_index(home, unit.files, limits)
+    if unit.kind == "dcp":
+        return dcp.read_index(home, limits)
+    return shards.read_part(home, home.open(unit.label.rpartition("/")[2]), limits)
 
 
 def units(names: Collection[str]) -> list[Unit]:
@@ -85,8 +91,9 @@ def units(names: Collection[str]) -> list[Unit]:
         return [Unit(dcp.METADATA, "dcp")]
     if all(name in names for name in unpacked.MEMBERS):
         return [Unit(unpacked.MEMBERS[0], "unpacked")]
+    names = [name for name in names if not name.startswith("._")]  # what macOS puts beside each file
     ranks = tuple(sorted(name for name in names if dcp_safetensors.SHARD.fullmatch(name)))
-    names = [name for name in names if name not in ranks] if ranks else names
+    names = [name for name in names if not dcp_safetensors.SHARD.fullmatch(name)]
     indexes = [name for name in names if name.endswith(shards.INDEX)]
     stems = {name.removesuffix(".index.json") for name in indexes}
     sets: dict[str, list[str]] = {}
@@ -103,13 +110,14 @@ def units(names: Collection[str]) -> list[Unit]:
     return made + [Unit(name, "file") for name in single if may_be(name)]
 
 
-def _deeper(names: Iterable[str]) -> list[Unit]:
-    """The checkpoints in folders of a folder that has none itself."""
+def units_below(names: Iterable[str]) -> list[Unit]:
+    """The checkpoints among files of several folders, by their paths."""
     by_folder: dict[str, list[str]] = {}
     for name in names:
         above, _, last = name.rpartition("/")
         by_folder.setdefault(above, []).append(last)
     made = []
     for above, held in by_folder.items():
-        made += [Unit(f"{above}/{u.label}", u.kind, tuple(f"{above}/{f}" for f in u.files)) for u in units(held)]
-    return made
+        path = f"{above}/" if above else ""
+        made += [Unit(path + unit.label, unit.kind, unit.files, above) for unit in units(held)]
+    return sorted(made)

@@ -13,7 +13,9 @@ from anycard.disk.source import Source, WindowSource
 from anycard.disk.temporary import TemporarySource
 from anycard.errors import FormatError
 from anycard.formats import legacy_tar, torch_zip
-from anycard.formats.choosing_members import may_be, meant, no_member
+from anycard.formats.archived_folder import ArchivedFolder
+from anycard.formats.choosing_members import meant, no_member
+from anycard.formats.folders import Unit, read_set, units_below
 from anycard.formats.index import Index
 from anycard.formats.registry import is_checkpoint
 from anycard.formats.registry import read_index as read_any
@@ -40,13 +42,38 @@ def read_held(source: Source, limits: Limits, member: str | None, depth: int) ->
     records = _records(source, head, limits)
     if records is None:
         return None
-    labels = [name for name in records if may_be(name)]
+    found = units_below(records)
+    labels = [unit.label for unit in found]
     if member is None and not labels and head.startswith(b"PK"):
         return None  # the torch zip's reader says what it lacks
-    if member is not None and member not in records:
+    if member is not None and member not in records and member not in labels:
         raise no_member(member, labels or list(records), source.name)
     name = meant(labels, source.name, list(records)) if member is None else member
+    unit = next((unit for unit in found if unit.label == name and unit.kind != "file"), None)
+    if unit is not None:
+        return _read_unit(source, records, unit, limits)
     return _read(_opened(source, records[name]), f"member {short(name)!r}", records[name].offset, limits, None, depth)
+
+
+def _read_unit(source: Source, records: Mapping[str, Record], unit: Unit, limits: Limits) -> Index:
+    """A checkpoint of several members: shards, a DCP folder, a torch zip that was unpacked before it was packed."""
+    left = _most(_packed(source))
+
+    def opened(record: Record) -> Source:
+        nonlocal left
+        left -= record.nbytes if record.compressed else 0
+        if left < 0:
+            raise FormatError(f"record {record.name!r} and others inflate to too much (a bomb?)", offset=record.offset)
+        return _opened(source, record)
+
+    folder = ArchivedFolder(source, records, f"{unit.above}/" if unit.above else "", opened)
+    if unit.kind == "unpacked":
+        return torch_zip.read_archive(torch_zip.Archive(source, folder.records, limits))
+    try:
+        return read_set(folder, unit, limits)
+    except BaseException:
+        folder.close()
+        raise
 
 
 def _records(source: Source, head: bytes, limits: Limits) -> Mapping[str, Record] | None:

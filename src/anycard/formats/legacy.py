@@ -112,6 +112,7 @@ class _Storages:
                 storage.source, storage.offset, storage.data = None, None, data[at : at + storage.nbytes]
             else:
                 storage.source, storage.offset = place[0], place[1] + at
+                storage.settle()
 
     def _place(self, storage: Storage, size: int, at: int) -> None:
         name = short(storage.key)
@@ -128,6 +129,7 @@ class _Storages:
         if count * size != storage.nbytes:
             raise FormatError(f"storage {name} has {count:,} elements where its pickle says otherwise", offset=at)
         storage.offset = at + 8
+        storage.settle()
 
 
 def _name(key: Any, at: int | None = None) -> str:

@@ -125,7 +125,7 @@ def _read_storages(source: Source, place: tuple[int, int], known: dict[Any, Any]
         at += 8
         if at + nbytes > end:
             raise FormatError(f"the file is cut short: storage {key} needs {nbytes:,} bytes", offset=at)
-        storage = Storage(str(key), nbytes, location, source, at)
+        storage = Storage(str(key), nbytes, location, source, at).settle()
         _keep(known, key, kind.of(storage, nbytes // DTYPES[kind.dtype].itemsize), at)
         at += nbytes
     views, at = _small_pickle(source, at, end, limits, read)

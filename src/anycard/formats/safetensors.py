@@ -39,6 +39,9 @@ def read_index(source: Source, limits: Limits) -> Index:
         raise FormatError("__metadata__ is not a map from text to text", offset=8)
     tensors = {name: _tensor(name, entry, source, start, limits) for name, entry in header.items()}
     _prove(tensors, source, start)
+    if source.origin(0)[0] is not source:
+        for info in tensors.values():
+            info.storage.settle()
     return Index("safetensors", tensors, source, metadata, _mark(metadata))
 
 

@@ -72,7 +72,7 @@ class FollowedArray(ArrayStub):
         if embedded is None or embedded.source is None:
             return Storage(ARRAY, nbytes, data=machine.take(nbytes), big_endian=big)
         machine.skip(nbytes)
-        return Storage(ARRAY, nbytes, source=embedded.source, offset=at, big_endian=big)
+        return Storage(ARRAY, nbytes, source=embedded.source, offset=at, big_endian=big).settle()
 
 
 def _itemsize(dtype: Any) -> int | None:

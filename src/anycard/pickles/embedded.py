@@ -43,7 +43,7 @@ class Embedded:
         place = self.place(data)
         if place is None:
             return Storage(key, len(data), data=data, **more)
-        return Storage(key, len(data), source=place[0], offset=place[1], **more)
+        return Storage(key, len(data), source=place[0], offset=place[1], **more).settle()
 
     def open(self, data: bytes) -> Any:
         """The object of a torch file; the same bytes are read once."""
