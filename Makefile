@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test corpus formats fuzz types lint bench bench-scanners clean
+.PHONY: run test corpus formats fuzz types lint bench bench-quick bench-scanners clean
 
 run: $(READY)  ## the main job: every way of saving x every way of loading, on a real resnet152
 	$(VENV)/bin/anycard matrix torchvision.models:resnet152
@@ -34,8 +34,11 @@ lint: types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-bench: $(READY)  ## ratios side by side in one run; the figures in the docs are what this prints
-	$(PY) benchmarks/ready_model.py
+bench: $(READY)  ## ratios beside other libraries and bare loops, in one run; writes docs/bench.*; Linux, 10 GB of TMPDIR
+	cd benchmarks && $(abspath $(PY)) -m speed --docs ../docs
+
+bench-quick: $(READY)  ## a smaller one that ends within two minutes and writes nothing
+	cd benchmarks && $(abspath $(PY)) -m speed quick
 
 bench-scanners: $(READY)  ## scan beside three other scanners, each in an environment made for it
 	$(PY) tests/corpus/fetch.py

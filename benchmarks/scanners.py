@@ -13,15 +13,15 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import venv
 from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from environments import ROOT, environment
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "corpus")]
 
 import fetch  # noqa: E402
@@ -37,17 +37,6 @@ SCANNERS = {
     "modelscan": ("modelscan", ["modelscan==0.8.8"]),
 }
 ATTACKS_OF_THE_CORPUS = ("exploits/", "_attack.", "malicious_system_call", "mixed_malicious_model")
-
-
-def environment(folder: Path, name: str, packages: list[str]) -> Path:
-    """The interpreter of an environment, made where it is not there yet."""
-    python = folder / name / "bin" / "python"
-    if not python.exists():
-        venv.create(folder / name, with_pip=True)
-    if packages:
-        command = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *packages]
-        subprocess.run(command if name == "others" else [*command[:5], *packages], check=True)
-    return python
 
 
 def asked(python: Path, which: str, text: str = "") -> list[list[str]] | dict[str, str]:
@@ -96,7 +85,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--environments", type=Path, default=ROOT / ".bench")
     where = parser.parse_args().environments
-    pythons = {name: environment(where, folder, packages) for name, (folder, packages) in SCANNERS.items()}
+    pythons = {
+        name: environment(where, folder, packages, constrained=folder == "others")
+        for name, (folder, packages) in SCANNERS.items()
+    }
     named = {(m, n) for name in ("picklescan", "modelscan") for m, n in asked(pythons[name], "globals")}
     with tempfile.TemporaryDirectory() as folder:
         bad, good = corpus()

@@ -1,0 +1,211 @@
+"""Every contestant in a fresh process, by rounds; the subjects' files come and go as they are needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from environments import ROOT, environment, install
+from speed.contests import TINY, WARM_UP, Contest, Contestant, Profile
+from speed.results import Outcome
+from speed.subjects import Subject
+
+_PEERS = Path(__file__).with_name("peers.txt")
+_TIMEOUT = 600
+# Their own pins would pull another torch; where the matching one cannot be imported beside this torch, 0.16.2 can.
+_TORCHVISION = ("torchvision==0.28.0", "torchvision==0.16.2")
+
+
+class WorkerError(Exception):
+    """A process that failed, and the last that it said."""
+
+
+@dataclass
+class Peers:
+    """The environment of the other libraries.
+
+    Attributes:
+        python: Its interpreter; None: there is none.
+        missing: Library -> why it is not there.
+        reason: Why there is no environment.
+    """
+
+    python: Path | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    reason: str = "the peers were left out"
+
+    def why_not(self, library: str) -> str:
+        """Why a library cannot be run; empty if it can."""
+        return self.reason if self.python is None else self.missing.get(library, "")
+
+
+def install_peers(folder: Path) -> Peers:
+    """Make the environment, or say why not; one that is as wanted already is left as it is."""
+    wanted = [line for line in _PEERS.read_text().splitlines() if line and not line.startswith("#")]
+    mark = folder / "peers" / "installed.txt"
+    python = folder / "peers" / "bin" / "python"
+    if mark.exists() and mark.read_text() == "\n".join(wanted):
+        return Peers(python)
+    try:
+        python = environment(folder, "peers", ["torch", "numpy", "blake3", "zlib-ng"])
+        _install_torchvision(python)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return Peers(reason=_said(error))
+    missing = {}
+    for requirement in wanted:
+        try:
+            install(python, ["-c", str(ROOT / "constraints.txt"), requirement])
+        except subprocess.CalledProcessError as error:
+            missing[requirement.partition("==")[0]] = f"pip cannot install it: {_said(error)}"
+    if not missing:
+        mark.write_text("\n".join(wanted))
+    return Peers(python, missing)
+
+
+def _install_torchvision(python: Path) -> None:
+    for version in _TORCHVISION:
+        install(python, ["--no-deps", version, "pillow"])
+        if subprocess.run([python, "-W", "ignore", "-c", "import torchvision"], capture_output=True).returncode == 0:
+            return
+
+
+def _said(error: Exception) -> str:
+    text = getattr(error, "stderr", "") or str(error)
+    return text.strip().splitlines()[-1][:200]
+
+
+@dataclass
+class Runner:
+    """Runs a profile in a folder; `tell` gets a line about what is done now."""
+
+    profile: Profile
+    folder: Path
+    peers: Peers
+    tell: Callable[[str], None]
+    gpu: bool = False
+
+    def run(self, contests: Iterable[Contest]) -> dict[str, dict[str, Outcome]]:
+        """All rounds of all contests."""
+        chosen = list(contests)
+        self._make(WARM_UP, TINY, chosen)
+        begun = time.monotonic()
+        results: dict[str, dict[str, Outcome]] = {}
+        for group in self._groups(chosen):
+            for name in _subjects(group):
+                self._make(name, self.profile.subjects[name], group)
+            for contest in group:
+                results[contest.name] = {c.label: self._outcome(contest, c) for c in contest.contestants}
+            self._rounds(group, results, begun)
+            for name in _subjects(group):
+                shutil.rmtree(self.folder / name)
+        return results
+
+    def _groups(self, contests: list[Contest]) -> Iterator[list[Contest]]:
+        """Contests whose files lie on the disk at one time."""
+        if self.profile.together:
+            yield contests
+            return
+        for _, group in groupby(contests, key=lambda contest: contest.subject):
+            yield list(group)
+
+    def _rounds(self, group: list[Contest], results: dict[str, dict[str, Outcome]], begun: float) -> None:
+        """The contests of a group in turn, or the rounds of all of them in turn where they lie together."""
+        spells = [group] if self.profile.together else [[contest] for contest in group]
+        for spell in spells:
+            for turn in range(self.profile.rounds):
+                start = time.monotonic()
+                for contest in spell:
+                    self._round(contest, results[contest.name], turn)
+                now = time.monotonic()
+                if now - begun + (now - start) > self.profile.seconds:
+                    break
+
+    def _round(self, contest: Contest, outcomes: dict[str, Outcome], turn: int) -> None:
+        self.tell(f"{contest.name}, round {turn + 1}")
+        first = turn % len(contest.contestants)  # nobody is always the first
+        for contestant in contest.contestants[first:] + contest.contestants[:first]:
+            outcome = outcomes[contestant.label]
+            if outcome.failure:
+                continue
+            try:
+                outcome.runs.append(self._work(contestant, self._job(contest, contestant)))
+            except WorkerError as error:
+                outcome.failure = str(error)
+
+    def _outcome(self, contest: Contest, contestant: Contestant) -> Outcome:
+        subject = Subject.of(self.folder / (contestant.subject or contest.subject))
+        path = subject.path(contestant.file)
+        outcome = Outcome(contest.name, contestant.label, contestant.role)
+        if contest.gpu and not self.gpu:
+            outcome.failure = "no GPU here"
+        elif contestant.library and (reason := self.peers.why_not(contestant.library)):
+            outcome.failure = reason
+        elif not path.exists():
+            outcome.failure = "its file could not be made"
+        else:
+            outcome.nbytes = path.stat().st_size
+            outcome.new_nbytes = subject.nbytes if contest.fresh else 0
+        return outcome
+
+    def _job(self, contest: Contest, contestant: Contestant) -> dict[str, Any]:
+        return {
+            "call": contestant.call,
+            "folder": str(self.folder / (contestant.subject or contest.subject)),
+            "warm_up": str(self.folder / WARM_UP),
+            "file": contestant.file,
+            "cache": contest.cache,
+            "options": dict(contestant.options),
+        }
+
+    def _make(self, name: str, model: Any, contests: Iterable[Contest]) -> None:
+        """A subject's files; tensorizer's only where a contest of it asks."""
+        self.tell(f"writing {name}")
+        folder = self.folder / name
+        _worker(sys.executable, {"make": "files", "folder": str(folder), "model": vars(model)})
+        meant = [contest for contest in contests if name in (contest.subject, WARM_UP)]
+        asked = any(c.file == "tensorizer" for contest in meant for c in contest.contestants)
+        if asked and self.peers.python is not None and not self.peers.why_not("tensorizer"):
+            try:
+                _worker(self.peers.python, {"make": "tensorizer", "folder": str(folder)})
+            except WorkerError as error:
+                self.peers.missing["tensorizer"] = str(error)
+
+    def _work(self, contestant: Contestant, job: dict[str, Any]) -> dict[str, Any]:
+        python = self.peers.python if contestant.library and self.peers.python else sys.executable
+        return _worker(python, job)
+
+
+def _subjects(contests: Iterable[Contest]) -> list[str]:
+    """Every subject that a group of contests needs, once; the tiny one is always there."""
+    names = [name for contest in contests for c in contest.contestants for name in (contest.subject, c.subject) if name]
+    return [name for name in dict.fromkeys(names) if name != WARM_UP]
+
+
+def _worker(python: str | Path, job: dict[str, Any]) -> dict[str, Any]:
+    """One fresh process.
+
+    Raises:
+        WorkerError: It failed.
+    """
+    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
+    environ = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+    command = [str(python), "-m", "speed.worker"]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(job), capture_output=True, text=True, env=environ, timeout=_TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        raise WorkerError(f"not done in {_TIMEOUT} s") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise WorkerError(said[-1][:200])
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
