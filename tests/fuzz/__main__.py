@@ -61,8 +61,8 @@ def fuzzed(reader: str, home: Path, seconds: float) -> Row:
 def _started(reader: str, home: Path, seconds: int) -> str:
     command = [sys.executable, "-m", "fuzz.worker", str(home), str(seconds)]
     folder = ["folder"] if READERS[reader].folder else []
-    done = subprocess.run(command + folder, capture_output=True, check=False, cwd=HERE.parent)
-    said = done.stderr.decode("utf-8", "replace")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    said = subprocess.run(command + folder, **pipes, check=False, cwd=HERE.parent).stdout.decode("utf-8", "replace")
     if " ft: " not in said or "Uncaught Python exception" in said:  # ours: those of readers are caught
         raise SystemExit(f"the fuzzer of {reader} is wrong: {said[-2000:]}")
     return said
