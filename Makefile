@@ -34,7 +34,7 @@ lint: types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-bench: $(READY)  ## ratios beside other libraries and bare loops, in one run; writes docs/bench.*; Linux, 10 GB of TMPDIR
+bench: $(READY)  ## ratios beside other libraries and bare loops, in one run; writes docs/bench.*; Linux, 11 GB of TMPDIR
 	cd benchmarks && $(abspath $(PY)) -m speed --docs ../docs
 
 bench-quick: $(READY)  ## a smaller one that ends within two minutes and writes nothing

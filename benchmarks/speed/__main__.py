@@ -1,9 +1,9 @@
 """How fast anycard moves checkpoints, beside what people use today and bare loops, side by side in one run.
 
-    cd benchmarks; python -m speed [full | quick] [--only WORDS] [--docs FOLDER] [--no-peers]
+    cd benchmarks; python -m speed [full | quick] [--only WORDS] [--rounds N] [--docs FOLDER] [--no-peers]
 
 Linux only: the page cache is asked by mincore(2), memory and calls by /proc. Files go to the temporary folder
-($TMPDIR), up to 9 GB at a time for the full run, and are deleted again.
+($TMPDIR), up to 11 GB at a time for the full run, and are deleted again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -32,6 +33,7 @@ def main() -> int:
     """Run, print, and write what was asked for."""
     arguments = _arguments()
     profile = PROFILES[arguments.profile]
+    profile = replace(profile, rounds=arguments.rounds or profile.rounds)
     contests = [contest for contest in profile.contests if all(word in contest.name for word in arguments.only)]
     if not contests:
         names = "\n  ".join(contest.name for contest in profile.contests)
@@ -67,6 +69,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m speed", description=__doc__.splitlines()[0])
     parser.add_argument("profile", nargs="?", choices=PROFILES, default="full")
     parser.add_argument("--only", action="append", default=[], metavar="WORDS", help="contests whose names hold it")
+    parser.add_argument("--rounds", type=int, metavar="N", help="instead of the profile's")
     parser.add_argument("--docs", type=Path, metavar="FOLDER", help="write bench.json, bench.svg and bench.txt there")
     parser.add_argument("--no-peers", action="store_true", help="without other libraries: nothing is installed")
     return parser.parse_args()

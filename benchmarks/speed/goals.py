@@ -139,7 +139,7 @@ GOALS: tuple[Goal, ...] = (
 
 
 def judged(results: Results) -> list[Judged]:
-    """Every goal whose contest was held, in the table's order."""
+    """Every goal whose contestants were meant to run, in the table's order."""
     return [found for goal in GOALS if (found := _judge(goal, results)) is not None]
 
 
@@ -149,9 +149,10 @@ def _judge(goal: Goal, results: Results) -> Judged | None:
         outcomes = [o for name, held in results.items() if name.startswith(goal.contest) for o in held.values()]
         worst = _worst([o for o in outcomes if o.role == OURS and o.runs and o.nbytes >= _COUNTED_FROM], measure)
         return Judged(goal, f"{measure.words} ({worst.where})", measure.take(worst, worst)) if worst else None
-    held = results.get(str(goal.contest))
-    if held is None:
-        return None
+    held = results.get(str(goal.contest), {})
+    there = {word for outcome in held.values() for word in (outcome.label, outcome.role)}
+    if not {goal.ours, goal.against or goal.ours} <= there:
+        return None  # a smaller profile
     ours, other = held.get(goal.ours), _other(held, goal.against)
     label = other.label if other is not None else goal.against
     what = measure.words.format(ours=goal.ours, against=label)

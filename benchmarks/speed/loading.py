@@ -22,7 +22,7 @@ def kind_of(path: Path) -> str:
 def existing(subject: Subject) -> nn.Module:
     """A model that is there, its memory touched, its values wrong."""
     with torch.device("meta"):
-        model = subject.model()
+        model = subject.model.factory()()
     model.to_empty(device="cpu")
     for tensor in model.state_dict().values():
         tensor.fill_(7)
@@ -31,9 +31,10 @@ def existing(subject: Subject) -> nn.Module:
 
 def usual_recipe(subject: Subject, path: Path) -> tuple[Act, Check]:
     """What every tutorial does: build, read, copy."""
+    factory = subject.model.factory()
 
     def act() -> nn.Module:
-        model = subject.model()
+        model = factory()
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return model
 
@@ -42,10 +43,11 @@ def usual_recipe(subject: Subject, path: Path) -> tuple[Act, Check]:
 
 def bare_fresh(subject: Subject, path: Path) -> tuple[Act, Check]:
     """The least that a new model takes: its modules without memory, and the bytes read into fresh memory."""
+    factory = subject.model.factory()
 
     def act() -> memoryview:
         with torch.device("meta"):
-            subject.model()
+            factory()
         fresh = memoryview(torch.empty(path.stat().st_size, dtype=torch.uint8).numpy())
         read_all(path, fresh)
         return fresh
@@ -55,7 +57,8 @@ def bare_fresh(subject: Subject, path: Path) -> tuple[Act, Check]:
 
 def anycard_fresh(subject: Subject, path: Path, **options: Any) -> tuple[Act, Check]:
     """One call, from a path and a factory."""
-    return lambda: anycard.load(path, subject.model, **options), same_module(subject)
+    factory = subject.model.factory()
+    return lambda: anycard.load(path, factory, **options), same_module(subject)
 
 
 def bare_into(subject: Subject, path: Path) -> tuple[Act, Check]:

@@ -24,7 +24,8 @@ def pinned_copy(subject: Subject, path: Path) -> tuple[Act, Check]:
 
 def anycard_load(subject: Subject, path: Path) -> tuple[Act, Check]:
     """One call."""
-    return _finished(lambda: anycard.load(path, subject.model, device="cuda")), same_module(subject)
+    factory = subject.model.factory()
+    return _finished(lambda: anycard.load(path, factory, device="cuda")), same_module(subject)
 
 
 def torch_load(subject: Subject, path: Path) -> tuple[Act, Check]:

@@ -10,25 +10,32 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from speed.contests import Contest
+from speed.contests import FLOOR, OURS, Contest
 from speed.goals import COUNTERS, MEASURES, Judged, judged
 from speed.results import MIB, Outcome, Results
 
 _HOW = (
     "Every run in a fresh process that ran once on a tiny file and touched memory before the clock; its result was "
     "checked byte for byte after it. warm: mincore >= 99 % of the file right before the clock. cold: fsync, "
-    "posix_fadvise DONTNEED, mincore < 1 %. written: sync before the clock, the file written is durable where the "
-    "name says so. extra: the most memory above what the process held, less a model that the run makes; of whole "
-    "processes, all of it. read: bytes read by calls over bytes of the file (mapped bytes are not read by calls). "
-    "calls: reading and writing system calls per MiB of the file."
+    "posix_fadvise DONTNEED, mincore < 1 %. written: as many bytes written, synced and freed before "
+    "the clock; what anycard writes is durable, what others write where the name says so. extra: the most memory above what the process held, less a model that the run makes; of whole "
+    "processes, all of it; pages of a mapped file count once touched. read: bytes read by calls over bytes of the "
+    "file (mapped bytes are not read by calls). calls: reading and writing system calls per MiB of the file."
 )
 
 
 def render(results: Results, contests: list[Contest], machine: Mapping[str, str], title: str) -> Group:
     """Everything, the goals last."""
     facts = Text(", ".join(f"{key} {value}" if value[:1].isdigit() else value for key, value in machine.items()))
-    tables = [table for contest in contests if (table := _contest_table(contest, results[contest.name]))]
-    return Group(Text(title, style="bold"), facts, Text(_HOW, style="dim"), *tables, _goal_table(judged(results)))
+    parts = [part for contest in contests for part in _contest_parts(contest, results[contest.name])]
+    return Group(Text(title, style="bold"), facts, Text(_HOW, style="dim"), *parts, _goal_table(judged(results)))
+
+
+def _contest_parts(contest: Contest, outcomes: Mapping[str, Outcome]) -> list[Table | Text]:
+    """The table, and why somebody was not run."""
+    failed = [outcome for outcome in outcomes.values() if outcome.failure]
+    reasons = [Text(f"{outcome.label}: {outcome.failure}", style="red") for outcome in failed]
+    return [Text(""), _contest_table(contest, outcomes), *reasons]
 
 
 def _contest_table(contest: Contest, outcomes: Mapping[str, Outcome]) -> Table:
@@ -36,19 +43,19 @@ def _contest_table(contest: Contest, outcomes: Mapping[str, Outcome]) -> Table:
     title = f"{contest.name} ({contest.cache}; {rounds} rounds)"
     table = Table(title=title, title_justify="left", box=HORIZONTALS, pad_edge=False)
     table.add_column("way", min_width=36)
-    for column in ("median ms", "min to max", "x anycard", "extra MiB", "read", "calls/MiB"):
+    for column in ("median ms", "min to max", "x floor", "extra MiB", "read", "calls/MiB"):
         table.add_column(column, justify="right", no_wrap=True)
-    ours = min((o.median for o in outcomes.values() if o.role == "ours" and o.runs), default=0.0)
+    floor = min((o.median for o in outcomes.values() if o.role == FLOOR and o.runs), default=0.0)
     for outcome in outcomes.values():
-        table.add_row(Text(outcome.label, style="bold" if outcome.role == "ours" else ""), *_cells(outcome, ours))
+        table.add_row(Text(outcome.label, style="bold" if outcome.role == OURS else ""), *_cells(outcome, floor))
     return table
 
 
-def _cells(outcome: Outcome, ours: float) -> list[Text | str]:
+def _cells(outcome: Outcome, floor: float) -> list[Text | str]:
     if not outcome.runs:
-        return [Text("not run", style="red"), Text(outcome.failure, style="red", overflow="fold", no_wrap=False)]
+        return [Text("not run", style="red")]
     spread = f"{_ms(min(outcome.seconds))} to {_ms(max(outcome.seconds))}"
-    times = f"{outcome.median / ours:.2f}" if ours else ""
+    times = f"{outcome.median / floor:.2f}" if floor else ""
     counters = [f"{outcome.extra / MIB:.1f}", f"{outcome.reads:.3f}", f"{outcome.calls:.2f}"]
     return [_ms(outcome.median), spread, times, *counters]
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -17,11 +17,12 @@ from typing import Any
 from environments import ROOT, environment, install
 from speed.contests import TINY, WARM_UP, Contest, Contestant, Profile
 from speed.results import Outcome
-from speed.subjects import Subject
+from speed.subjects import Model, Subject
 
 _PEERS = Path(__file__).with_name("peers.txt")
 _TIMEOUT = 600
 # Their own pins would pull another torch; where the matching one cannot be imported beside this torch, 0.16.2 can.
+_BASE = ("torch", "numpy", "blake3", "zlib-ng", "pillow", "requests")  # the last two are torchvision's
 _TORCHVISION = ("torchvision==0.28.0", "torchvision==0.16.2")
 
 
@@ -51,12 +52,13 @@ class Peers:
 def install_peers(folder: Path) -> Peers:
     """Make the environment, or say why not; one that is as wanted already is left as it is."""
     wanted = [line for line in _PEERS.read_text().splitlines() if line and not line.startswith("#")]
+    held = "\n".join((*_BASE, *_TORCHVISION, *wanted))
     mark = folder / "peers" / "installed.txt"
     python = folder / "peers" / "bin" / "python"
-    if mark.exists() and mark.read_text() == "\n".join(wanted):
+    if mark.exists() and mark.read_text() == held:
         return Peers(python)
     try:
-        python = environment(folder, "peers", ["torch", "numpy", "blake3", "zlib-ng"])
+        python = environment(folder, "peers", list(_BASE))
         _install_torchvision(python)
     except (OSError, subprocess.CalledProcessError) as error:
         return Peers(reason=_said(error))
@@ -67,13 +69,13 @@ def install_peers(folder: Path) -> Peers:
         except subprocess.CalledProcessError as error:
             missing[requirement.partition("==")[0]] = f"pip cannot install it: {_said(error)}"
     if not missing:
-        mark.write_text("\n".join(wanted))
+        mark.write_text(held)
     return Peers(python, missing)
 
 
 def _install_torchvision(python: Path) -> None:
     for version in _TORCHVISION:
-        install(python, ["--no-deps", version, "pillow"])
+        install(python, ["--no-deps", version])
         if subprocess.run([python, "-W", "ignore", "-c", "import torchvision"], capture_output=True).returncode == 0:
             return
 
@@ -96,12 +98,11 @@ class Runner:
     def run(self, contests: Iterable[Contest]) -> dict[str, dict[str, Outcome]]:
         """All rounds of all contests."""
         chosen = list(contests)
-        self._make(WARM_UP, TINY, chosen)
+        self._make({WARM_UP: TINY}, chosen)
         begun = time.monotonic()
         results: dict[str, dict[str, Outcome]] = {}
         for group in self._groups(chosen):
-            for name in _subjects(group):
-                self._make(name, self.profile.subjects[name], group)
+            self._make({name: self.profile.subjects[name] for name in _subjects(group)}, group)
             for contest in group:
                 results[contest.name] = {c.label: self._outcome(contest, c) for c in contest.contestants}
             self._rounds(group, results, begun)
@@ -166,16 +167,16 @@ class Runner:
             "options": dict(contestant.options),
         }
 
-    def _make(self, name: str, model: Any, contests: Iterable[Contest]) -> None:
-        """A subject's files; tensorizer's only where a contest of it asks."""
-        self.tell(f"writing {name}")
-        folder = self.folder / name
-        _worker(sys.executable, {"make": "files", "folder": str(folder), "model": vars(model)})
-        meant = [contest for contest in contests if name in (contest.subject, WARM_UP)]
-        asked = any(c.file == "tensorizer" for contest in meant for c in contest.contestants)
-        if asked and self.peers.python is not None and not self.peers.why_not("tensorizer"):
+    def _make(self, models: Mapping[str, Model], contests: Iterable[Contest]) -> None:
+        """The subjects' files; tensorizer's only where a contest asks."""
+        self.tell(f"writing {', '.join(models)}")
+        _worker(sys.executable, {"make": {str(self.folder / name): vars(model) for name, model in models.items()}})
+        asking = {c.subject for c in contests if any(one.file == "tensorizer" for one in c.contestants)}
+        asking |= {WARM_UP} if asking else set()
+        folders = {str(self.folder / name): None for name in models if name in asking}
+        if folders and self.peers.python is not None and not self.peers.why_not("tensorizer"):
             try:
-                _worker(self.peers.python, {"make": "tensorizer", "folder": str(folder)})
+                _worker(self.peers.python, {"make": folders})
             except WorkerError as error:
                 self.peers.missing["tensorizer"] = str(error)
 

@@ -23,7 +23,7 @@ def target(path: Path) -> Path:
 
 def filled(subject: Subject) -> torch.nn.Module:
     """The subject's model with its weights."""
-    model = subject.model()
+    model = subject.model.factory()()
     model.load_state_dict(torch.load(subject.path("pth"), weights_only=True))
     return model
 

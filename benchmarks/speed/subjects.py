@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,18 +26,21 @@ class Model:
     dtype: str = "float32"
     bias: bool = True
 
-    def __call__(self) -> torch.nn.Module:
-        """Build it, as users do."""
-        import torch
-
+    def factory(self) -> Callable[[], torch.nn.Module]:
+        """What builds it, as users have it: imported."""
         if self.layers:
-            kind = getattr(torch, self.dtype)
-            each = [torch.nn.Linear(self.width, self.width, self.bias, dtype=kind) for _ in range(self.layers)]
-            return torch.nn.Sequential(*each)
+            return self._stack
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*image Python extension.*")
             from torchvision.models import resnet152
-        return resnet152()  # type: ignore[no-any-return]
+        return resnet152  # type: ignore[no-any-return]
+
+    def _stack(self) -> torch.nn.Module:
+        import torch
+
+        kind = getattr(torch, self.dtype)
+        each = [torch.nn.Linear(self.width, self.width, self.bias, dtype=kind) for _ in range(self.layers)]
+        return torch.nn.Sequential(*each)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def make(folder: Path, model: Model) -> None:
     import torch
 
     torch.manual_seed(0)
-    weights = model().state_dict()
+    weights = model.factory()().state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(weights, folder / FILES["pth"])
     safetensors.torch.save_file(dict(weights), folder / FILES["safetensors"], {"format": "pt"})
@@ -92,7 +95,7 @@ def make_tensorizer(folder: Path) -> None:
     from tensorizer import TensorSerializer
 
     subject = Subject.of(folder)
-    model = subject.model()
+    model = subject.model.factory()()
     model.load_state_dict(torch.load(subject.path("pth"), weights_only=True))
     serializer = TensorSerializer(str(subject.path("tensorizer")))
     serializer.write_module(model)

@@ -8,13 +8,12 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speed.measuring import measured, prepare_cache, touch_memory
+from speed.measuring import measured, prepare_cache, touch_disk, touch_memory
 from speed.subjects import Model, Subject, make, make_tensorizer
 
 
@@ -27,7 +26,7 @@ class Job:
         folder, warm_up: Folders of the subject, and of a tiny one on which the contestant runs first, so that
             late imports and the like are not timed.
         file: Which of the subject's files.
-        cache: "warm", "cold", or "written" (all that others wrote is on the disk before the clock).
+        cache: "warm", "cold", or "written" (see `measuring.touch_disk`).
     """
 
     call: str
@@ -52,19 +51,21 @@ def run(job: Job) -> dict[str, Any]:
     touch_memory(subject.nbytes)
     gc.collect()
     if job.cache == "written":
-        os.sync()
+        touch_disk(path.parent, path.stat().st_size)
     cached = prepare_cache(path, "cold" if job.cache == "cold" else "warm")
     result, found = measured(act, cached)
     check(result)
+    if isinstance(result, Path):
+        result.unlink()
     return found.as_data()
 
 
 def _make(arguments: dict[str, Any]) -> dict[str, Any]:
-    folder = Path(arguments["folder"])
-    if arguments["make"] == "tensorizer":
-        make_tensorizer(folder)
-    else:
-        make(folder, Model(**arguments["model"]))
+    for folder, model in arguments["make"].items():
+        if model is None:
+            make_tensorizer(Path(folder))
+        else:
+            make(Path(folder), Model(**model))
     return {}
 
 
