@@ -12,7 +12,6 @@ from torch import nn
 from anycard.checkpoint import Checkpoint, open_checkpoint
 from anycard.collection import uncollected
 from anycard.errors import ChoiceError, FormatError
-from anycard.operations.verification import verify_checkpoint
 from anycard.plans.load_plan import LoadPlan
 from anycard.plans.matching import Only, Rename
 from anycard.progress import Progress
@@ -20,9 +19,7 @@ from anycard.torch.building import Built, build
 from anycard.torch.checking import check
 from anycard.torch.devices import find_device
 from anycard.torch.filling import fill
-from anycard.torch.objects import load_objects
 from anycard.torch.planning import make_work
-from anycard.torch.rebuilding import rebuild_model
 from anycard.torch.undo import Undo
 from anycard.torch.work import Options, Work
 
@@ -95,6 +92,8 @@ def _load(
         if model is None:
             return _whole(ckpt, allow, options)
         if isinstance(model, Mapping):
+            from anycard.torch.objects import load_objects  # here and below: a first load imports what it needs
+
             return load_objects(ckpt, model, options, bool(verify), progress)
         work, built = _planned(ckpt, model, options)
         check(work, options)
@@ -162,6 +161,8 @@ def _dtype(dtype: Any) -> torch.dtype | str | None:
 
 
 def _verify(ckpt: Checkpoint) -> None:
+    from anycard.operations.verification import verify_checkpoint
+
     damaged = verify_checkpoint(ckpt).damaged
     if damaged:
         names = ", ".join(damaged[:10])
@@ -176,6 +177,8 @@ def _whole(ckpt: Checkpoint, allow: str | Sequence[str], options: Options) -> An
             "anycard.load(path, model), or take the weights with anycard.read(path)",
             path=ckpt.path,
         )
+    from anycard.torch.rebuilding import rebuild_model
+
     model = rebuild_model(ckpt, allow, options.key)
     if options.device is not None:
         model = model.to(options.device)
