@@ -51,14 +51,21 @@ class Contest:
 
 @dataclass(frozen=True)
 class Profile:
-    """A whole run. `seconds`: no further round is begun where it would not end within them."""
+    """A whole run.
+
+    Attributes:
+        seconds: No further round is begun where it would not end within them.
+        together: Rounds go over all contests: the files of all subjects lie on the disk at once.
+        abreast: So many contestants prepare at a time (and hold their models in memory).
+    """
 
     name: str
     subjects: Mapping[str, Model]
     contests: tuple[Contest, ...]
     rounds: int
     seconds: float = float("inf")
-    together: bool = False  # rounds go over all contests: every subject's files lie on the disk at once
+    together: bool = False
+    abreast: int = 1
 
 
 _LOAD_MODEL = Contestant(
@@ -243,6 +250,7 @@ QUICK = Profile(
     rounds=3,
     seconds=110,
     together=True,
+    abreast=2,
 )
 SMOKE = Profile("smoke", {}, (into(WARM_UP, "pth", "warm", {"pth": ()}), *processes(WARM_UP)), rounds=1)
 PROFILES = {profile.name: profile for profile in (FULL, QUICK, SMOKE)}

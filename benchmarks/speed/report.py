@@ -17,11 +17,11 @@ from speed.results import MIB, Outcome, Results
 _HOW = (
     "Every run in a fresh process that ran once on a tiny file and touched memory before the clock; its result was "
     "checked byte for byte after it. warm: mincore >= 99 % of the file right before the clock. cold: fsync, "
-    "posix_fadvise DONTNEED, mincore < 1 %. written: as many bytes written, synced and freed before "
-    "the clock; what anycard writes is durable, what others write where the name says so. extra: the most memory "
-    "above what the process held, less a model that the run makes; of whole "
-    "processes, all of it; pages of a mapped file count once touched. read: bytes read by calls over bytes of the "
-    "file (mapped bytes are not read by calls). calls: reading and writing system calls per MiB of the file."
+    "posix_fadvise DONTNEED, mincore < 1 %. written: as many bytes written, synced and freed before the clock; what "
+    "anycard writes is durable, what others write where the name says so. extra: the most memory above what the "
+    "process held, less a model that the run makes; of whole processes, all of it; pages of a mapped file count once "
+    "touched. read: bytes read by calls over bytes of the file (mapped bytes are not read by calls). calls: reading "
+    "and writing system calls per MiB of the file."
 )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,22 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from environments import ROOT, environment, install
 from speed.contests import TINY, WARM_UP, Contest, Contestant, Profile
+from speed.processes import Worker, WorkerError
 from speed.results import Outcome
 from speed.subjects import Model, Subject
 
 _PEERS = Path(__file__).with_name("peers.txt")
-_TIMEOUT = 600
 # Their own pins would pull another torch; where the matching one cannot be imported beside this torch, 0.16.2 can.
 _BASE = ("torch", "numpy", "blake3", "zlib-ng", "pillow", "requests")  # the last two are torchvision's
 _TORCHVISION = ("torchvision==0.28.0", "torchvision==0.16.2")
-
-
-class WorkerError(Exception):
-    """A process that failed, and the last that it said."""
 
 
 @dataclass
@@ -133,14 +126,20 @@ class Runner:
     def _round(self, contest: Contest, outcomes: dict[str, Outcome], turn: int) -> None:
         self.tell(f"{contest.name}, round {turn + 1}")
         first = turn % len(contest.contestants)  # nobody is always the first
-        for contestant in contest.contestants[first:] + contest.contestants[:first]:
-            outcome = outcomes[contestant.label]
-            if outcome.failure:
-                continue
+        turns = contest.contestants[first:] + contest.contestants[:first]
+        held = [c for c in turns if not outcomes[c.label].failure]
+        for at in range(0, len(held), self.profile.abreast):
+            self._runs({c.label: self._started(contest, c) for c in held[at : at + self.profile.abreast]}, outcomes)
+
+    def _runs(self, workers: Mapping[str, Worker], outcomes: Mapping[str, Outcome]) -> None:
+        """All have prepared before one runs, and they run one after the other."""
+        for worker in workers.values():
+            worker.wait_until_prepared()
+        for label, worker in workers.items():
             try:
-                outcome.runs.append(self._work(contestant, self._job(contest, contestant)))
+                outcomes[label].runs.append(worker.run())
             except WorkerError as error:
-                outcome.failure = str(error)
+                outcomes[label].failure = str(error)
 
     def _outcome(self, contest: Contest, contestant: Contestant) -> Outcome:
         subject = Subject.of(self.folder / (contestant.subject or contest.subject))
@@ -157,8 +156,8 @@ class Runner:
             outcome.new_nbytes = subject.nbytes if contest.fresh else 0
         return outcome
 
-    def _job(self, contest: Contest, contestant: Contestant) -> dict[str, Any]:
-        return {
+    def _started(self, contest: Contest, contestant: Contestant) -> Worker:
+        job = {
             "call": contestant.call,
             "folder": str(self.folder / (contestant.subject or contest.subject)),
             "warm_up": str(self.folder / WARM_UP),
@@ -166,47 +165,24 @@ class Runner:
             "cache": contest.cache,
             "options": dict(contestant.options),
         }
+        python = self.peers.python if contestant.library and self.peers.python else sys.executable
+        return Worker(python, job)
 
     def _make(self, models: Mapping[str, Model], contests: Iterable[Contest]) -> None:
         """The subjects' files; tensorizer's only where a contest asks."""
         self.tell(f"writing {', '.join(models)}")
-        _worker(sys.executable, {"make": {str(self.folder / name): vars(model) for name, model in models.items()}})
+        Worker(sys.executable, {"make": {str(self.folder / name): vars(model) for name, model in models.items()}}).run()
         asking = {c.subject for c in contests if any(one.file == "tensorizer" for one in c.contestants)}
         asking |= {WARM_UP} if asking else set()
         folders = {str(self.folder / name): None for name in models if name in asking}
         if folders and self.peers.python is not None and not self.peers.why_not("tensorizer"):
             try:
-                _worker(self.peers.python, {"make": folders})
+                Worker(self.peers.python, {"make": folders}).run()
             except WorkerError as error:
                 self.peers.missing["tensorizer"] = str(error)
-
-    def _work(self, contestant: Contestant, job: dict[str, Any]) -> dict[str, Any]:
-        python = self.peers.python if contestant.library and self.peers.python else sys.executable
-        return _worker(python, job)
 
 
 def _subjects(contests: Iterable[Contest]) -> list[str]:
     """Every subject that a group of contests needs, once; the tiny one is always there."""
     names = [name for contest in contests for c in contest.contestants for name in (contest.subject, c.subject) if name]
     return [name for name in dict.fromkeys(names) if name != WARM_UP]
-
-
-def _worker(python: str | Path, job: dict[str, Any]) -> dict[str, Any]:
-    """One fresh process.
-
-    Raises:
-        WorkerError: It failed.
-    """
-    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "src")])
-    environ = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
-    command = [str(python), "-m", "speed.worker"]
-    try:
-        done = subprocess.run(
-            command, input=json.dumps(job), capture_output=True, text=True, env=environ, timeout=_TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        raise WorkerError(f"not done in {_TIMEOUT} s") from None
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise WorkerError(said[-1][:200])
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]

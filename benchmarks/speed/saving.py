@@ -15,10 +15,8 @@ from speed.subjects import Subject
 
 
 def target(path: Path) -> Path:
-    """Where the file is written: beside the subject's own; nothing is there yet."""
-    place = path.with_stem("written")
-    place.unlink(missing_ok=True)
-    return place
+    """Where the file is written: beside the subject's own, a place for each process."""
+    return path.with_stem(f"written-{os.getpid()}")
 
 
 def filled(subject: Subject) -> torch.nn.Module:

@@ -27,8 +27,7 @@ class Process:
 
 def copied(subject: Subject, path: Path) -> tuple[Act, Check]:
     """`cp` of the file, then fsync."""
-    place = path.with_name("copied" + path.suffix)
-    place.unlink(missing_ok=True)
+    place = path.with_stem(f"copied-{os.getpid()}")
 
     def act() -> Path:
         subprocess.run(["cp", path, place], check=True)
@@ -43,8 +42,7 @@ def copied(subject: Subject, path: Path) -> tuple[Act, Check]:
 
 def converted(subject: Subject, path: Path, *, suffix: str) -> tuple[Act, Check]:
     """`convert` to the other format."""
-    place = path.with_name("converted" + suffix)
-    place.unlink(missing_ok=True)
+    place = path.with_name(f"converted-{os.getpid()}{suffix}")
 
     def act() -> Path:
         anycard.convert(path, place)

@@ -1,6 +1,7 @@
 """A process for one run: prepare, make the cache warm or cold, run once, check, print JSON.
 
-Standard input: a JSON object, see `Job`. Run as `python -m speed.worker` with `benchmarks` on the path.
+`python -m speed.worker JOB`, with `benchmarks` on the path; JOB is a JSON object, see `Job`. Once prepared it says so,
+and goes on when a line comes in.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 from speed.measuring import measured, prepare_cache, touch_disk, touch_memory
 from speed.subjects import Model, Subject, make, make_tensorizer
+
+READY = "prepared\n"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ def run(job: Job) -> dict[str, Any]:
         act, check = prepare(subject, path, **job.options)
         if folder == job.warm_up:
             act()
-    del folder
+    print(READY, end="", flush=True)
+    sys.stdin.readline()
     touch_memory(subject.nbytes)
     gc.collect()
     if job.cache == "written":
@@ -71,7 +75,7 @@ def _make(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Read the job, print what came of it as the last line."""
-    arguments = json.load(sys.stdin)
+    arguments = json.loads(sys.argv[1])
     found = _make(arguments) if "make" in arguments else run(Job(**arguments))
     print(json.dumps(found))
 
