@@ -41,6 +41,7 @@ def main() -> int:
     said = Console(stderr=True)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="anycard-bench-") as folder:
+        facts = machine(Path(folder))
         with said.status("") as status:
 
             def tell(words: str) -> None:
@@ -51,7 +52,6 @@ def main() -> int:
             tell("looking for a GPU")
             gpu = any(contest.gpu for contest in contests) and has_gpu()
             results = Runner(profile, Path(folder), peers, tell, gpu).run(contests)
-        facts = machine(Path(folder))
     title = f"anycard's benchmarks, {profile.name}, {time.monotonic() - begun:.0f} s in all"
     if arguments.only:
         title += f", only {' and '.join(arguments.only)}"

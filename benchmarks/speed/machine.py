@@ -18,6 +18,7 @@ def machine(folder: Path) -> dict[str, str]:
         "processor": f"{os.cpu_count()} cores, {_cpu()}",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
+        "load at the start": f"{os.getloadavg()[0]:.1f}",
         "file system": file_system(folder),
         "Python": platform.python_version(),
         **{name: found for name in _LIBRARIES if (found := _version(name))},

@@ -27,7 +27,7 @@ _HOW = (
 
 def render(results: Results, contests: list[Contest], machine: Mapping[str, str], title: str) -> Group:
     """Everything, the goals last."""
-    facts = Text(", ".join(f"{key} {value}" if value[:1].isdigit() else value for key, value in machine.items()))
+    facts = Text(", ".join(f"{key}: {value}" for key, value in machine.items()))
     parts = [part for contest in contests for part in _contest_parts(contest, results[contest.name])]
     return Group(Text(title, style="bold"), facts, Text(_HOW, style="dim"), *parts, _goal_table(judged(results)))
 
@@ -41,7 +41,7 @@ def _contest_parts(contest: Contest, outcomes: Mapping[str, Outcome]) -> list[Ta
 
 def _contest_table(contest: Contest, outcomes: Mapping[str, Outcome]) -> Table:
     rounds = max((len(outcome.runs) for outcome in outcomes.values()), default=0)
-    title = f"{contest.name} ({contest.cache}; {rounds} rounds)"
+    title = f"{contest.name} ({contest.cache}; {rounds} round{'' if rounds == 1 else 's'})"
     table = Table(title=title, title_justify="left", box=HORIZONTALS, pad_edge=False)
     table.add_column("way", min_width=36)
     for column in ("median ms", "min to max", "x floor", "extra MiB", "read", "calls/MiB"):
