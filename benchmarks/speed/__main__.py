@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ def main() -> int:
     if not contests:
         names = "\n  ".join(contest.name for contest in profile.contests)
         sys.exit(f"no contest's name holds {' and '.join(arguments.only)}; there are\n  {names}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the temporary folder goes then too
     said = Console(stderr=True)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="anycard-bench-") as folder:
