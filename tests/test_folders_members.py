@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -142,6 +143,23 @@ def test_stored_members_are_ranges_of_the_file(tmp_path: Path) -> None:
 
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("inner", ["zip", "policy", "pickle"])
+def test_zstd(tmp_path: Path, inner: str) -> None:
+    """Read where its package is there; one that lies about its size is a bomb."""
+    zstandard = pytest.importorskip("zstandard")
+    policy = zipped(tmp_path / "p.zip", POLICY).read_bytes()
+    data = {"zip": packed(WANT), "policy": policy, "pickle": pickle.dumps(WANT)}[inner]
+    path = tmp_path / "model.pth.zst"
+    path.write_bytes(zstandard.compress(data, 19))
+    assert_same(anycard.read(path), WANT)
+    path.write_bytes(zstandard.compress(data)[:-20])
+    with pytest.raises(anycard.FormatError):
+        anycard.read(path)
+    path.write_bytes(zstandard.compress(data + bytes(1 << 30)))
+    with pytest.raises(anycard.FormatError, match="bomb"):
+        anycard.read(path)
 
 
 @pytest.mark.parametrize("suffix", PACKERS)

@@ -55,6 +55,10 @@ class Folder(Source):
             raise FormatError(f"{path} is no regular file", path=path, name=name)
         return open_file(path) if len(self._opened) < _MOST_OPEN else BriefSource(path)
 
+    def adopt(self, source: Source) -> None:
+        """Close this with the folder."""
+        self._opened[f"/{len(self._opened)}"] = source
+
     def has(self, name: str) -> bool:
         """A regular file of that name is there."""
         try:

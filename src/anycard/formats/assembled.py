@@ -160,7 +160,7 @@ class _Part:
             at = self._at(index)
             if self._run >= _LONG or at < offset or at + self._run > end:
                 low, high = max(at, offset), min(at + self._run, end)
-                _read(self._info, index * self._run + low - at, view[low - offset : high - offset], dense)
+                read_row_major(self._info, index * self._run + low - at, view[low - offset : high - offset], dense)
                 index += 1
             else:
                 count = min(stop - index, max(_BLOCK // self._run, 1))
@@ -173,7 +173,7 @@ class _Part:
         import numpy as np
 
         block = bytearray(count * self._run)
-        _read(self._info, index * self._run, memoryview(block), dense)
+        read_row_major(self._info, index * self._run, memoryview(block), dense)
         places = np.full(count, self._base - offset, np.int64)
         rest: Any = np.arange(index, index + count)
         for size, step in zip(reversed(self._outer), reversed(self._steps), strict=True):
@@ -183,9 +183,11 @@ class _Part:
         target[places[:, None] + np.arange(self._run)] = np.frombuffer(block, np.uint8).reshape(count, self._run)
 
 
-def _read(info: TensorInfo, start: int, view: memoryview, dense: memoryview | None = None) -> None:
+def read_row_major(info: TensorInfo, start: int, view: memoryview, dense: memoryview | None = None) -> None:
     """Fill a view with a part of a tensor's row-major bytes: of `dense` where they lie otherwise."""
     storage = info.storage
+    if dense is None and not info.contiguous:
+        dense = _dense(info)
     if dense is not None:
         view[:] = dense[start : start + len(view)]
     elif storage.data is not None:
@@ -200,7 +202,7 @@ def _dense(info: TensorInfo) -> memoryview:
     import numpy as np
 
     data = bytearray(info.span)
-    _read(TensorInfo("uint8", (info.span,), info.storage, start=info.start), 0, memoryview(data))
+    read_row_major(TensorInfo("uint8", (info.span,), info.storage, start=info.start), 0, memoryview(data))
     size = DTYPES[info.dtype].itemsize
     flat = np.frombuffer(data, dtype=f"V{size}")
     steps = tuple(step * size for step in info.stride)

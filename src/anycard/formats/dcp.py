@@ -12,16 +12,19 @@ from anycard.disk.folder import Folder, home_of, plain_parts
 from anycard.disk.source import Source, WindowSource
 from anycard.errors import FormatError
 from anycard.formats.assembled import Chunk, Prover, assemble
+from anycard.formats.dcp_packed import PackedBytes, Unpacker, unpacked_object, unread, why_not
 from anycard.formats.index import Index
 from anycard.formats.nested import nested
 from anycard.formats.registry import read_file_index
 from anycard.limits import Limits
+from anycard.pickles.composite import Composite
 from anycard.pickles.machine import read_pickle
 from anycard.pickles.stubs import Inert
 from anycard.pickles.views import MOST_ELEMENTS, short
 from anycard.tensors import DTYPES, Storage, TensorInfo
 
 METADATA = ".metadata"
+_MOST_INFLATED, _RATIO = 64 << 20, 100  # of all packed entries: bytes, or times what is stored
 _Place = tuple[str, tuple[int, ...] | None]  # a name, and where its chunk begins
 
 
@@ -91,6 +94,9 @@ class _Entries:
         self.prover = Prover()
         self._limits = limits
         self._infos: dict[_Place, Mapping[str, Any]] = {}
+        self._inflated = self._stored = 0
+        self._unpacker = Unpacker(folder.name, limits)
+        folder.adopt(self._unpacker)
         if not isinstance(held, dict):
             raise FormatError("DCP's metadata does not say where its entries lie", offset=0)
         for key, value in held.items():
@@ -134,11 +140,39 @@ class _Entries:
             raise FormatError(f"DCP's metadata does not say where {short(name)!r} lies", offset=0, name=short(name))
         return info
 
+    def source(self, info: Mapping[str, Any]) -> Source:
+        """The bytes of an entry."""
+        return WindowSource(self.folder.open(info["relative_path"]), info["offset"], info["length"])
+
+    def packed(self, info: Mapping[str, Any], want: TensorInfo) -> Storage:
+        """The bytes of a tensor that an extension has packed, or why they cannot be had."""
+        source = self.source(info)
+        why = why_not(source, info["transform_descriptors"])
+        if why:
+            return Storage("", want.nbytes, missing=why)
+        self._count(want.nbytes, source, info["offset"])
+        return Storage("", want.nbytes, data=PackedBytes(self._unpacker, source, want))
+
+    def _count(self, nbytes: int, source: Source, at: int) -> None:
+        self._inflated += nbytes
+        self._stored += source.size
+        if self._inflated > max(_MOST_INFLATED, _RATIO * self._stored):
+            message = f"DCP's packed entries inflate to {self._inflated:,} bytes (a bomb?)"
+            raise FormatError(message, path=source.name, offset=at)
+
     def read(self, name: str, info: Mapping[str, Any]) -> Any:
         """The object of an entry."""
-        source: Source = WindowSource(self.folder.open(info["relative_path"]), info["offset"], info["length"])
+        source = self.source(info)
+        how = info.get("transform_descriptors")
+        why = why_not(source, how) if how else ""
+        if why:
+            return unread(why)
         try:
-            return read_file_index(source, self._limits).tree
+            if not how:
+                return read_file_index(source, self._limits).tree
+            tree, nbytes = unpacked_object(source, self._limits)
+            self._count(nbytes, source, info["offset"])
+            return tree
         except FormatError as error:
             error.args = (f"the entry of {short(name)!r} at byte {info['offset']:,}: {error.args[0]}",)
             error.offset = None if error.offset is None else info["offset"] + error.offset
@@ -175,7 +209,10 @@ def _value(name: str, described: Any, entries: _Entries, limits: Limits) -> Any:
     entries.prover.prove(
         short(name), shape, places
     )  # before any is read: a list may have the same chunk a million times
-    made = [Chunk(at, _chunk(name, dtype, at, size, entries)) for at, size in places]
+    found = [_chunk(name, dtype, at, size, entries, shape) for at, size in places]
+    if len(found) == 1 and isinstance(found[0], Composite):
+        return found[0]
+    made = [Chunk(at, info) for (at, _), info in zip(places, found, strict=True)]
     if made:
         return assemble(short(name), entries.folder, dtype, shape, made, entries.prover)
     return TensorInfo(dtype, shape, Storage(short(name), 0, data=b""))
@@ -189,15 +226,17 @@ def _dtype(properties: Any) -> str:
     raise FormatError("DCP's metadata has a dtype that anycard does not know", offset=0)
 
 
-def _chunk(name: str, dtype: str, at: tuple[int, ...], shape: tuple[int, ...], entries: _Entries) -> TensorInfo:
+def _chunk(
+    name: str, dtype: str, at: tuple[int, ...], shape: tuple[int, ...], entries: _Entries, whole: tuple[int, ...]
+) -> Any:
     info = entries.find(name, at)
-    packed = info.get("transform_descriptors")
-    if packed:
-        how = ", ".join(short(str(step)) for step in packed) if isinstance(packed, (list, tuple)) else "something"
-        missing = f"the entry in {info['relative_path']} is packed by {how}, which is not read"
-        size = TensorInfo(dtype, shape, Storage("", 0)).nbytes
-        return TensorInfo(dtype, shape, Storage(short(name), size, missing=missing))
+    if info.get("transform_descriptors"):
+        storage = entries.packed(info, TensorInfo(dtype, shape, Storage("", 0)))
+        storage.key = short(name)
+        return TensorInfo(dtype, shape, storage)
     found = entries.read(name, info)
+    if isinstance(found, Composite) and shape == whole:
+        return found  # quantised: listed by its parts
     if not isinstance(found, TensorInfo) or found.dtype != dtype or found.shape != shape:
         raise FormatError(
             f"the entry of {short(name)!r} in {info['relative_path']} is {found!r:.100}, not {dtype}, {list(shape)}",

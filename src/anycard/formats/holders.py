@@ -110,7 +110,7 @@ def _compressed(source: Source, head: bytes, limits: Limits, member: str | None,
     """A compressed checkpoint or archive; a compressed pickle is a format of its own."""
     kind = streams.kind_of(head)
     packed = _packed(source)
-    pieces = streams.inflated(source, _most(packed))
+    pieces = streams.inflated(source, _most(packed), _most(packed))
     first = b""
     while len(first) < 1024 and (piece := next(pieces, None)) is not None:
         first += piece

@@ -56,6 +56,7 @@ LATE = (
             b"\x78\xda",
             b"BZh",
             b"\xfd7zXZ\0",
+            b"\x28\xb5\x2f\xfd",
             b"\x5d\0\0",
         ),
     ),
@@ -74,7 +75,6 @@ _KNOWN = (
     (b"<html", "a web page, not a checkpoint: the download gave a page instead of the file."),
     (b"<?xml", "an XML document, not a checkpoint: the download gave an error instead of the file."),
     (b"\x89HDF", "an HDF5 file (Keras or PyTables), not a PyTorch checkpoint."),
-    (b"\x28\xb5\x2f\xfd", "zstd-compressed: unpack it first."),
     (b"GGUF", "a GGUF file (llama.cpp), not a PyTorch checkpoint."),
 )  # fmt: skip
 

@@ -12,7 +12,9 @@ from zlib_ng import zlib_ng
 from anycard.checkpoint import Checkpoint, open_checkpoint
 from anycard.disk.pieces import FileRange
 from anycard.disk.threads import in_threads
+from anycard.errors import FormatError
 from anycard.formats.assembled import Assembled
+from anycard.formats.dcp_packed import PackedBytes
 from anycard.formats.safetensors import FINGERPRINT
 from anycard.limits import DEFAULT, Limits
 from anycard.operations.fingerprinting import fingerprint_of
@@ -77,7 +79,9 @@ def verify_checkpoint(ckpt: Checkpoint, limits: Limits = DEFAULT, *, progress: P
     with counting(progress, sum(storage.nbytes for storage in summed)) as done:
         in_threads(summed, lambda storage: crcs.update({id(storage): _crc(storage, done)}), limits.threads)
     for place, storage in storages.items():
-        if place not in crcs:
+        if isinstance(storage.data, PackedBytes):
+            damaged += [] if _inflates(storage.data) else names[place]
+        elif place not in crcs:
             unchecked += names[place]
         elif crcs[place] != storage.crc:
             damaged += names[place]
@@ -93,7 +97,6 @@ def _stored(storage: Storage) -> Iterable[Storage]:
 
 
 def _other_records(ckpt: Checkpoint, storages: dict[int, Storage], limits: Limits) -> list[str]:
-    from anycard.errors import FormatError
     from anycard.formats.torch_zip import record_bytes
 
     offsets = {s.offset for s in storages.values()}
@@ -106,6 +109,14 @@ def _other_records(ckpt: Checkpoint, storages: dict[int, Storage], limits: Limit
         except FormatError:
             damaged.append(name)
     return damaged
+
+
+def _inflates(packed: PackedBytes) -> bool:
+    try:
+        packed[:0]  # all of it is inflated, and checked
+    except FormatError:
+        return False
+    return True
 
 
 def _crc(storage: Storage, done: Callable[[int], None]) -> int:
