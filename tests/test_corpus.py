@@ -212,11 +212,12 @@ def test_nothing_runs(tmp_path: Path) -> None:
     held = [row for row in rows() if row.cached.is_file()]
     if not held:
         pytest.skip("the corpus is not in the cache: `make corpus` fetches it, where a package index is in reach")
-    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
+    good, whole, bad = tmp_path / "good.pt", tmp_path / "whole.pt", tmp_path / "bad.pt"
     anycard.save({"w": torch.ones(2)}, good)
+    anycard.save(torch.nn.Linear(2, 2), whole, whole=True)
     bad.write_bytes(b"no checkpoint")
     paths = json.dumps([str(row.cached) for row in held])
-    command = [sys.executable, "-W", "ignore", "-c", NOTHING_RUNS, paths, str(good), str(bad)]
+    command = [sys.executable, "-W", "ignore", "-c", NOTHING_RUNS, paths, str(good), str(whole), str(bad)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
