@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fuzz.readers import READERS
+
 HERE = Path(__file__).parent
 RUN = """
 import json
@@ -29,3 +31,10 @@ def test_finds_end_well() -> None:
     assert len(rows) > 1
     # Twice the time: other tests run beside.
     assert [row for row in rows if row[2] != "well" and not (row[2] == "slow" and row[4] < 2)] == []
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.filterwarnings("ignore")
+def test_every_reader_has_its_seeds(tmp_path: Path, name: str) -> None:
+    """What `make fuzz` begins with can be made."""
+    assert any(len(data) < 60_000 for data in READERS[name].seeds(tmp_path))

@@ -222,9 +222,10 @@ def _holders(work: Path) -> Iterator[bytes]:
 
 
 def _folders(work: Path) -> Iterator[bytes]:
-    from test_folders_members import WANT, packed, zero_folder
+    from test_folders_members import WANT, packed
+    from test_folders_zero import zero_folder
 
-    yield _zip_of(zero_folder(work / "zero"))
+    yield from (_zip_of(zero_folder(work / f"zero{stage}", stage)) for stage in (2, 3))
     with zipfile.ZipFile(io.BytesIO(packed(WANT))) as archive:
         archive.extractall(work / "unpacked")
     yield _zip_of(work / "unpacked" / "archive")
