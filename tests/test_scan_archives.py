@@ -253,3 +253,8 @@ def test_objects_in_numpy_files_are_followed(tmp_path: Path) -> None:
     assert bad_names(tmp_path / "good.npy") == (0, [])
     assert bad_names(tmp_path / "bad.npy") == (1, ["builtins.print"])
     assert bad_names(tmp_path / "bad.npz") == (1, ["builtins.print"])
+
+
+def test_entries_of_dcp_that_are_packed_in_an_unknown_way_are_not_clean(tmp_path: Path) -> None:
+    (tmp_path / "__0_0.distcp").write_bytes(bytes(byte ^ 0x5A for byte in archive_of({"archive/data.pkl": EVIL})))
+    assert bad_names(tmp_path) == (2, [])

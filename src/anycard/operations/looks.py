@@ -14,7 +14,7 @@ from anycard.limits import Limits
 from anycard.operations.archived_code import Context
 
 NUMPY = b"\x93NUMPY"
-NAMED = (".pkl", ".pickle", ".p", ".pt", ".pth", ".bin", ".ckpt", ".dill", ".joblib")
+NAMED = (".pkl", ".pickle", ".p", ".pt", ".pth", ".bin", ".ckpt", ".dill", ".joblib", ".distcp")
 _MOST_ARCHIVES = 10_000
 _DESCRIPTION = re.compile(rb"'descr'\s*:\s*(.{1,65536}?),\s*'fortran_order'", re.DOTALL)
 _MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
