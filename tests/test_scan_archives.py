@@ -258,3 +258,21 @@ def test_objects_in_numpy_files_are_followed(tmp_path: Path) -> None:
 def test_entries_of_dcp_that_are_packed_in_an_unknown_way_are_not_clean(tmp_path: Path) -> None:
     (tmp_path / "__0_0.distcp").write_bytes(bytes(byte ^ 0x5A for byte in archive_of({"archive/data.pkl": EVIL})))
     assert bad_names(tmp_path) == (2, [])
+
+
+@pytest.mark.parametrize("where", [".data/ts_code/0", "elsewhere"])
+def test_a_package_whose_module_is_called_like_torchscript_is_no_torchscript(tmp_path: Path, where: str) -> None:
+    """Its function would run: the sources only define it, and TorchScript's names are those of another folder."""
+    packaged(
+        tmp_path / "a.pt", HARMLESS, {"helpers": "class Helper:\n    pass", "__torch__/evil": "def f(): exec('1')"}
+    )
+    with zipfile.ZipFile(tmp_path / "a.pt", "a") as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{root}/{where}/constants.pkl", pickle.dumps((), 2))
+        archive.writestr(f"{root}/net/called.pkl", b"\x80\x02c__torch__.evil\nf\n)R.")
+    assert bad_names(tmp_path / "a.pt") == (1, ["__torch__.evil.f"])
+
+
+def test_a_call_before_a_member_breaks_off_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(archive_of({"archive/data.pkl": pickle.dumps({}, 2), "net": b"cmodel\nf\n)R\xff"}))
+    assert bad_names(tmp_path / "a.pt") == (1, ["model.f"])

@@ -74,7 +74,7 @@ class _Target:
             at += moved
             view = view[moved:]
         if len(data) >= _EARLY and sys.platform == "linux":
-            # Starts to write these pages back, so that fsync finds little to do: a third less time in all.
+            # Starts to write these pages back, so that fsync finds little to do.
             os.posix_fadvise(self._fd, self._base + offset, len(data), os.POSIX_FADV_DONTNEED)
 
     def finish(self, end: int) -> None:

@@ -50,12 +50,16 @@ class Archive:
         return {module: what_runs(self._code(name), module, modules) for module, name in modules.items()}
 
     @cached_property
-    def context(self) -> Context:
-        """What its pickles are judged by."""
-        script = any(name == "constants.pkl" or name.endswith("/constants.pkl") for name in self._records)
-        # One source may import another, so that all of them have to be harmless.
-        harmless = self._sources if not any(self._sources.values()) else ()
-        return Context(script, frozenset(harmless))
+    def _harmless(self) -> frozenset[str]:
+        """One source may import another, so that all of them have to be harmless."""
+        return frozenset(self._sources if not any(self._sources.values()) else ())
+
+    def context(self, name: str) -> Context:
+        """What a record's pickles are judged by; in a package, a module may be called as TorchScript's classes are."""
+        if self._folder is not None:
+            return Context(name.startswith(f"{self._folder}.data/ts_code/"), self._harmless)
+        top = name.partition("/")[0] if "/" in name else ""
+        return Context(f"{top}/constants.pkl".lstrip("/") in self._records)
 
     def runs(self) -> Iterator[tuple[str, str]]:
         """Record and what of it runs on load."""

@@ -168,7 +168,7 @@ class _Scanner:
         for name, record in records.items():
             if is_storage(name) or name.lower().endswith(".py"):
                 continue
-            self._member(source, record, join(where, name), depth, archive.context)
+            self._member(source, record, join(where, name), depth, archive.context(name))
 
     def _member(self, source: Source, record: ZipRecord, where: str, depth: int, context: Context) -> None:
         try:
@@ -227,7 +227,8 @@ class _Scanner:
             try:
                 record_pickle(data, at, budget_of(data, None, self._limits), record)
             except FormatError as error:
-                if context.tentative and RUNS not in {judge(*place) for place in record.globals}:
+                named = {judge(*place) for place in record.globals}
+                if context.tentative and not record.calls and RUNS not in named:
                     return  # text, or bytes, that begin like a pickle, and that nobody takes for one
                 offset = f" at byte {error.offset:,}" if error.offset is not None else ""
                 self._unreadable(where, f"the pickle cannot be followed to its end{offset}: {error.args[0]}")
