@@ -326,18 +326,20 @@ def test_legacy_protocols(protocol: int) -> None:
 def test_legacy_claims() -> None:
     storage = b"](" + text("0") + b"e"
     body = tensor(ints(4), ints(1), storage=pid(numel=num(4)))
-    good = bombs.legacy(body, storage, struct.pack("<q4f", 4, 1, 2, 3, 4))
+    good = bombs.files.legacy(body, storage, struct.pack("<q4f", 4, 1, 2, 3, 4))
     assert as_numpy(index(good).tree).tolist() == [1, 2, 3, 4]
     numbered = pid(key=num(0), numel=num(4))
-    assert index(bombs.legacy(tensor(ints(4), ints(1), storage=numbered), b"](K\x00e", good[-24:])).tree.shape == (4,)
+    assert index(
+        bombs.files.legacy(tensor(ints(4), ints(1), storage=numbered), b"](K\x00e", good[-24:])
+    ).tree.shape == (4,)
     for bad in (
-        bombs.legacy(body, b"](" + text("0") * 2 + b"e", good[-24:] * 2),  # listed twice
-        bombs.legacy(body, b"]", good[-24:]),
-        bombs.legacy(body, b"](" + text("1") + b"e", good[-24:]),
-        bombs.legacy(body, storage, struct.pack("<q4f", 5, 1, 2, 3, 4)),
-        bombs.legacy(body, storage, good[-24:-1]),
-        bombs.legacy(body, b"N", good[-24:]),
-        bombs.legacy(tensor(ints(4), ints(1), storage=pid(key=b"N", numel=num(4))), storage, good[-24:]),
+        bombs.files.legacy(body, b"](" + text("0") * 2 + b"e", good[-24:] * 2),  # listed twice
+        bombs.files.legacy(body, b"]", good[-24:]),
+        bombs.files.legacy(body, b"](" + text("1") + b"e", good[-24:]),
+        bombs.files.legacy(body, storage, struct.pack("<q4f", 5, 1, 2, 3, 4)),
+        bombs.files.legacy(body, storage, good[-24:-1]),
+        bombs.files.legacy(body, b"N", good[-24:]),
+        bombs.files.legacy(tensor(ints(4), ints(1), storage=pid(key=b"N", numel=num(4))), storage, good[-24:]),
     ):
         with pytest.raises(FormatError) as caught:
             index(bad)
@@ -352,7 +354,7 @@ def test_legacy_views() -> None:
     tail = struct.pack("<q4f", 4, 1, 2, 3, 4)
     keys = b"](" + text("0") + b"e"
     body = tensor(ints(2), ints(1), storage=viewed(1, 3))
-    assert as_numpy(index(bombs.legacy(body, keys, tail)).tree).tolist() == [2, 3]
+    assert as_numpy(index(bombs.files.legacy(body, keys, tail)).tree).tolist() == [2, 3]
     for first, count in ((1, 4), (5, 0), (-1, 2)):
         with pytest.raises(FormatError):
-            index(bombs.legacy(tensor(ints(2), ints(1), storage=viewed(first, count)), keys, tail))
+            index(bombs.files.legacy(tensor(ints(2), ints(1), storage=viewed(first, count)), keys, tail))

@@ -1,0 +1,302 @@
+"""Pickles that copy, hash, count or claim without end."""
+
+from __future__ import annotations
+
+import struct
+
+from bombs.making import DAG, DEEP, NUMBERS, PAIRS, builtin, ints, num, pid, refused, repeated, tensor, text, torch_zip
+
+
+@refused
+def lists() -> bytes:
+    return torch_zip(repeated(builtin("list"), NUMBERS))
+
+
+@refused
+def lists_that_stay() -> bytes:
+    return torch_zip(repeated(builtin("list"), NUMBERS, b"\x85R"))
+
+
+@refused
+def tuples() -> bytes:
+    return torch_zip(repeated(builtin("tuple"), NUMBERS, b"\x85R"))
+
+
+@refused
+def sizes() -> bytes:
+    return torch_zip(repeated(b"ctorch\nSize\n", NUMBERS, b"\x85R"))
+
+
+@refused
+def sets() -> bytes:
+    return torch_zip(repeated(builtin("set"), b"](" + b"".join(map(num, range(20_000))) + b"e", b"\x85R"))
+
+
+@refused
+def frozensets() -> bytes:
+    return torch_zip(repeated(builtin("frozenset"), NUMBERS, b"\x85R"))
+
+
+@refused
+def dicts() -> bytes:
+    return torch_zip(repeated(builtin("dict"), PAIRS, b"\x85R"))
+
+
+@refused
+def ordered_dicts() -> bytes:
+    return torch_zip(repeated(b"ccollections\nOrderedDict\n", PAIRS, b"\x85R"))
+
+
+@refused
+def counters() -> bytes:
+    pairs = b"}(" + b"".join(num(i) + b"K\x01" for i in range(20_000)) + b"u"
+    return torch_zip(repeated(b"ccollections\nCounter\n", pairs, b"\x85R"))
+
+
+@refused
+def encodings() -> bytes:
+    return torch_zip(repeated(b"c_codecs\nencode\n", text("a" * 100_000), b"X\x06\0\0\0latin1\x86R"))
+
+
+@refused
+def bytearrays() -> bytes:
+    return torch_zip(repeated(builtin("bytearray"), b"B" + struct.pack("<I", 100_000) + bytes(100_000), b"\x85R"))
+
+
+@refused
+def texts() -> bytes:
+    return torch_zip(repeated(builtin("complex"), text("1" * 100_000)))
+
+
+@refused
+def arguments_of_a_stub() -> bytes:
+    return torch_zip(repeated(b"cx\ny\n", b"(" + b"N" * 20_000 + b"t", b"R"))
+
+
+@refused
+def arguments_of_a_new_object() -> bytes:
+    return torch_zip(repeated(b"cx\ny\n", b"(" + b"N" * 20_000 + b"t", b"\x81"))
+
+
+@refused
+def keywords_of_a_new_object() -> bytes:
+    keywords = b"}(" + b"".join(text(f"k{i}") + b"N" for i in range(5_000)) + b"u"
+    return torch_zip(repeated(b"cx\ny\n", keywords, b"q\x010)h\x01\x92"))
+
+
+@refused
+def attributes_of_ordered_dicts() -> bytes:
+    state = b"}(" + b"".join(text(f"_k{i}") + b"N" for i in range(5_000)) + b"u"
+    return torch_zip(repeated(b"ccollections\nOrderedDict\n", state, b"0)Rh\x01b"))
+
+
+@refused
+def arrays_of_old_text() -> bytes:
+    """Python 2's byte string as an array's bytes, encoded anew for each array."""
+    data = b"T" + struct.pack("<I", 200_000) + b"a" * 200_000
+    dtype = b"cnumpy\ndtype\nX\x02\0\0\0u1\x85R"
+    state = b"(K\x01" + ints(200_000) + dtype + b"\x89" + data + b"t"
+    make = b"cnumpy.core.multiarray\n_reconstruct\n"
+    return torch_zip(repeated(make, state, b"q\x010)Rh\x01b"))
+
+
+@refused
+def long_integer() -> bytes:
+    return torch_zip(b"\x8b" + struct.pack("<I", 1_000_000) + b"\x01" * 1_000_000 + b".")
+
+
+@refused
+def long_integer_as_a_size() -> bytes:
+    return torch_zip(b"\x80\x02" + pid(numel=b"\x8b" + struct.pack("<I", 1_600) + b"\x01" * 1_600) + b".")
+
+
+@refused
+def long_integer_in_text() -> bytes:
+    return torch_zip(b"I" + b"1" * 5_000_000 + b"\n.")
+
+
+@refused
+def long_float_in_text() -> bytes:
+    return torch_zip(b"F" + b"x" * 5_000_000 + b"\n.")
+
+
+@refused
+def long_integer_of_another_base() -> bytes:
+    return torch_zip(builtin("int") + text("f" * 5_000_000) + b"K\x10\x86R.")
+
+
+@refused
+def long_integer_as_a_key() -> bytes:
+    """Python hashes an int anew each time."""
+    key = b"\x8b" + struct.pack("<I", 1_600) + b"\x01" * 1_600
+    return torch_zip(key + b"q\x00}" + b"h\x00Ns" * 300_000 + b".")
+
+
+@refused
+def text_of_a_tree() -> bytes:
+    return torch_zip(builtin("str") + DAG + b"\x85R.")
+
+
+@refused
+def number_of_a_tree() -> bytes:
+    return torch_zip(builtin("complex") + DAG + b"\x85R.")
+
+
+@refused
+def persistent_id_is_a_tree() -> bytes:
+    return torch_zip(DAG + b"Q.")
+
+
+@refused
+def storage_key_is_a_tree() -> bytes:
+    return torch_zip(pid(key=DAG) + b".")
+
+
+@refused
+def location_is_a_tree() -> bytes:
+    return torch_zip(pid(place=DAG) + b".")
+
+
+@refused
+def numel_is_a_tree() -> bytes:
+    return torch_zip(pid(numel=DAG) + b".")
+
+
+@refused
+def size_is_a_tree() -> bytes:
+    return torch_zip(tensor(DAG, ints(1)) + b".")
+
+
+@refused
+def size_is_of_trees() -> bytes:
+    return torch_zip(tensor(DAG + b"\x85", ints(1)) + b".")
+
+
+@refused
+def dtype_is_a_tree() -> bytes:
+    return torch_zip(b"ctorch._utils\n_rebuild_tensor_v3\n(" + pid() + num(0) + ints(1) * 2 + b"\x89N" + DAG + b"tR.")
+
+
+@refused
+def codec_is_a_tree() -> bytes:
+    return torch_zip(b"c_codecs\nencode\n" + text("a") + DAG + b"\x86R.")
+
+
+@refused
+def global_is_a_tree() -> bytes:
+    return torch_zip(DAG + text("a") + b"\x93.")
+
+
+@refused
+def key_is_a_tree() -> bytes:
+    return torch_zip(b"}" + DAG + b"Ns.")
+
+
+@refused
+def key_of_a_stub_is_a_tree() -> bytes:
+    return torch_zip(b"cx\ny\n)R" + DAG + b"Ns.")
+
+
+@refused
+def member_is_a_tree() -> bytes:
+    return torch_zip(b"\x8f(" + DAG + b"\x90.")
+
+
+@refused
+def frozen_member_is_a_tree() -> bytes:
+    return torch_zip(b"(" + DAG + b"\x91.")
+
+
+@refused
+def member_of_a_made_set_is_a_tree() -> bytes:
+    return torch_zip(builtin("set") + b"]" + DAG + b"a\x85R.")
+
+
+@refused
+def key_of_a_pair_is_a_tree() -> bytes:
+    return torch_zip(b"ccollections\nOrderedDict\n](" + DAG + b"N\x86e\x85R.")
+
+
+@refused
+def keys_are_deep() -> bytes:
+    return torch_zip(b"}" + DEEP + b"Ns.")
+
+
+@refused
+def members_are_deep() -> bytes:
+    return torch_zip(builtin("frozenset") + b"(" + DEEP + b"t\x85R.")
+
+
+@refused
+def large_keys_again_and_again() -> bytes:
+    return torch_zip(b"(" + b"N" * 900 + b"tq\x00}" + b"h\x00Ns" * 100_000 + b".")
+
+
+@refused
+def keys_that_collide() -> bytes:
+    """Python's ints are hashed modulo 2**61 - 1."""
+    return torch_zip(b"}(" + b"".join(num(k * ((1 << 61) - 1) + 7) + b"N" for k in range(1, 20_000)) + b"u.")
+
+
+@refused
+def members_that_collide() -> bytes:
+    return torch_zip(b"\x8f(" + b"".join(num(k * ((1 << 61) - 1) + 7) for k in range(1, 20_000)) + b"\x90.")
+
+
+@refused
+def complex_keys_that_collide() -> bytes:
+    make = b"".join(
+        b"h\x00G" + struct.pack(">d", -1_000_003 * k) + b"G" + struct.pack(">d", k) + b"\x86RN"
+        for k in range(1, 20_000)
+    )
+    return torch_zip(builtin("complex") + b"q\x000}(" + make + b"u.")
+
+
+@refused
+def many_classes() -> bytes:
+    return torch_zip(b"".join(b"cm\nc%d\n0" % i for i in range(50_000)) + b"N.")
+
+
+@refused
+def bytes_that_are_claimed() -> bytes:
+    return torch_zip(b"\x8e" + struct.pack("<Q", 1 << 40) + b"x.")
+
+
+@refused
+def text_that_is_claimed() -> bytes:
+    return torch_zip(b"\x8d" + struct.pack("<Q", (1 << 64) - 1) + b"x.")
+
+
+@refused
+def integer_that_is_claimed() -> bytes:
+    return torch_zip(b"\x8b" + struct.pack("<I", (1 << 31) - 1) + b"x.")
+
+
+@refused
+def frame_that_is_claimed() -> bytes:
+    return torch_zip(b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"N.")
+
+
+@refused
+def sizes_past_64_bits() -> bytes:
+    return torch_zip(tensor(ints(1 << 40, 1 << 40), ints(0, 0)) + b".")
+
+
+@refused
+def sizes_past_64_bits_of_an_empty_tensor() -> bytes:
+    return torch_zip(tensor(ints(1 << 40, 1 << 40, 0), ints(0, 0, 0)) + b".")
+
+
+@refused
+def stride_past_64_bits() -> bytes:
+    return torch_zip(tensor(ints(1, 1), ints(1 << 61, 1)) + b".")
+
+
+@refused
+def too_many_dimensions() -> bytes:
+    return torch_zip(tensor(ints(*[1] * 100_000), ints(*[1] * 100_000)) + b".")
+
+
+@refused
+def storage_larger_than_its_record() -> bytes:
+    return torch_zip(tensor(ints(1 << 50), ints(1), storage=pid(numel=num(1 << 50))) + b".")
