@@ -348,7 +348,7 @@ def test_legacy_claims() -> None:
 
 def test_legacy_views() -> None:
     def viewed(first: int, count: int) -> bytes:
-        whole = b"(" + text("storage") + bombs.FLOATS + text("0") + text("cpu") + num(4)
+        whole = b"(" + text("storage") + bombs.making.FLOATS + text("0") + text("cpu") + num(4)
         return whole + b"(" + text("view") + num(first) + num(count) + b"ttQ"
 
     tail = struct.pack("<q4f", 4, 1, 2, 3, 4)
