@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import io
+import itertools
 import os
 import signal
 import sys
@@ -11,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import anycard
+from anycard.disk import vectors
 from helpers import assert_same, filled, weights
 
 few = pytest.mark.skipif(not hasattr(os, "preadv"), reason="reads and writes by vectors are Linux's and BSD's")
@@ -50,6 +55,20 @@ def slow_device(monkeypatch: pytest.MonkeyPatch, most: int) -> Iterator[list[int
         cut[0] += len(data) > most
         return pwrite(fd, memoryview(data)[:most], *where)
 
+    def short_vectors(fd: int, address: int, rows: int, offset: int) -> int:
+        """The C library's preadv, up to the place in which the bytes run out; every third call is interrupted."""
+        table = np.ctypeslib.as_array((ctypes.c_uint64 * (2 * rows)).from_address(address)).reshape(-1, 2).copy()
+        before = np.cumsum(table[:, 1]) - table[:, 1]
+        table = table[before < most]
+        cut[0] += bool(len(table) < rows or table[:, 1].sum() > most)
+        table[-1, 1] = min(int(table[-1, 1]), most - int(before[len(table) - 1]))
+        if next(calls) % 3 == 1:
+            ctypes.set_errno(errno.EINTR)
+            return -1
+        return int(vectors_preadv(fd, table.ctypes.data, len(table), offset))
+
+    calls, vectors_preadv = itertools.count(), vectors._PREADV
+    monkeypatch.setattr(vectors, "_PREADV", short_vectors)
     monkeypatch.setattr(os, "preadv", short_preadv)
     monkeypatch.setattr(os, "pread", lambda fd, nbytes, where: pread(fd, min(nbytes, most), where))
     monkeypatch.setattr(os, "pwrite", short_pwrite)

@@ -11,6 +11,10 @@ from typing import BinaryIO
 
 from anycard.errors import FormatError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from anycard.disk.vectors import Table
+
 _MOST = 0x7FFFF000  # preadv(2): Linux moves at most this many bytes a call
 
 
@@ -39,6 +43,14 @@ class Source:
             OSError: The disk failed; passed on as it came.
         """
         raise NotImplementedError
+
+    def read_table(self, offset: int, table: Table) -> None:
+        """Fill place after place from byte `offset` on; raises as `read_into` does."""
+        from anycard.disk.vectors import memory  # here and below: it imports numpy
+
+        for address, nbytes in table.tolist():
+            self.read_into(offset, memory(address, nbytes))
+            offset += nbytes
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """`nbytes` bytes from byte `offset`; FormatError where the file ends before."""
@@ -94,6 +106,20 @@ class FileSource(Source):
             if moved == 0:
                 raise self._short(offset, len(view))
             done += moved
+
+    def read_table(self, offset: int, table: Table) -> None:
+        from anycard.disk import vectors
+
+        if not vectors.THERE:
+            super().read_table(offset, table)
+            return
+        done, total, left = 0, int(table[:, 1].sum()), table
+        while done < total:
+            moved = vectors.read_table(self._fd, offset + done + self.base, left)
+            if moved == 0:
+                raise self._short(offset, total)
+            done += moved
+            left = vectors.rest_of(table, done) if done < total else left
 
     def _read(self, offset: int, nbytes: int) -> bytes:
         if not hasattr(os, "pread") or nbytes > _MOST:

@@ -1,66 +1,55 @@
-"""Carry out reads: small neighbours by one call, large ones in parts, straight to where they stay, by a few threads.
+"""Carry out reads: neighbours by one call, large ones in parts, straight to where they stay, by a few threads.
 
 Knows no tensors.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from zlib_ng import zlib_ng
 
 from anycard.disk.source import Source
 from anycard.disk.threads import in_threads
+from anycard.disk.vectors import MOST_ROWS, Table, memory
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT, Limits
 
 _GAP = 4096  # bytes between two jobs that are read rather than skipped: the padding of a zip record
-_SMALL = 32 << 10  # up to here a copy out of a common buffer costs less than a place of its own in the read
-_MOST_GROUP = 1 << 20  # such a buffer stays in the processor's cache
 
 
-class ReadJob(NamedTuple):
-    """Some bytes of a file, and the memory where they stay.
+class Reads(NamedTuple):
+    """Stretches of a file, and the memory where each stays; a column for each thing known of them.
 
     Attributes:
-        offset: In bytes from the start of the source.
+        offsets: In bytes from the start of the source.
         nbytes: How many.
-        address: Of writable memory for as many bytes, which the caller keeps alive. Targets must not overlap.
-        label: What errors call it.
-        crc: CRC-32 that these very bytes must have, or None.
+        addresses: Of writable memory for as many bytes, which the caller keeps alive. Targets must not overlap.
+        labels: What errors call them.
+        crcs: CRC-32s that these very bytes must have, or None; none at all where there is nothing to check.
     """
 
-    offset: int
-    nbytes: int
-    address: int
-    label: str
-    crc: int | None = None
+    offsets: Sequence[int]
+    nbytes: Sequence[int]
+    addresses: Sequence[int]
+    labels: Sequence[str]
+    crcs: Sequence[int | None] = ()
 
 
 class _Batch(NamedTuple):
-    """One read: a part of a large job, or a group of small neighbours by way of a buffer.
-
-    Attributes:
-        start, nbytes: Where in the file.
-        part: How far into its only job it begins; None for a group.
-    """
+    """One call: from byte `start`, into the table's places. `rows`: which places of all."""
 
     start: int
-    nbytes: int
-    jobs: Sequence[ReadJob]
-    part: int | None
-
-
-def memory(address: int, nbytes: int) -> memoryview:
-    """The bytes at an address, writable; whoever asks keeps them alive."""
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B") if nbytes else memoryview(b"")
+    table: Table
+    rows: slice
 
 
 def run_reads(
-    source: Source, jobs: Sequence[ReadJob], done: Callable[[int], None] | None = None, *, limits: Limits = DEFAULT
+    source: Source, reads: Reads, done: Callable[[int], None] | None = None, *, limits: Limits = DEFAULT
 ) -> None:
     """Fill memory from a file; every byte is read once.
 
@@ -68,82 +57,96 @@ def run_reads(
         done: Called with the bytes of each finished call, from one thread at a time.
 
     Raises:
-        FormatError: The file ends before a job does, or a CRC does not match (`.name`, `.offset`).
+        FormatError: The file ends before a stretch does, or a CRC does not match (`.name`, `.offset`).
             Targets already filled keep their new bytes: the caller owns the way back.
         OSError: The disk failed; passed on as it came.
     """
-    sums: dict[ReadJob, list[tuple[int, int, int]]] = {}
+    pieces = _Pieces(reads, limits)
+    sums = _Sums(reads, pieces) if any(crc is not None for crc in reads.crcs) else None
     lock = threading.Lock()
 
     def work(batch: _Batch) -> None:
-        nbytes = _run(source, batch, sums)
+        source.read_table(batch.start, batch.table)
+        if sums is not None:
+            sums.take(batch.rows)
         if done is not None:
             with lock:
-                done(nbytes)
+                done(int(pieces.nbytes[batch.rows].sum()))
 
-    in_threads(list(_batches(sorted(job for job in jobs if job.nbytes), limits)), work, limits.threads)
-    for job, parts in sums.items():
-        _check_parts(job, parts)
-
-
-def _batches(jobs: Sequence[ReadJob], limits: Limits) -> Iterator[_Batch]:
-    """The jobs, in the order of their offsets, as reads."""
-    most = min(_MOST_GROUP, limits.chunk_nbytes)
-    group: list[ReadJob] = []
-    start = end = 0
-    for job in jobs:
-        offset, nbytes = job.offset, job.nbytes
-        small = nbytes <= _SMALL
-        if group and not (small and end <= offset <= end + _GAP and offset + nbytes - start <= most):
-            yield _Batch(start, end - start, group, None)
-            group = []
-        if not small:
-            for part in range(0, nbytes, limits.chunk_nbytes):
-                yield _Batch(offset + part, min(limits.chunk_nbytes, nbytes - part), (job,), part)
-            continue
-        if not group:
-            start = offset
-        group.append(job)
-        end = offset + nbytes
-    if group:
-        yield _Batch(start, end - start, group, None)
+    in_threads(list(pieces.batches(limits)), work, limits.threads)
+    if sums is not None:
+        sums.finish()
 
 
-def _run(source: Source, batch: _Batch, sums: dict[ReadJob, list[tuple[int, int, int]]]) -> int:
-    """Read one batch; gives the bytes that its jobs got."""
-    if batch.part is None:
-        return _read_group(source, batch)
-    job = batch.jobs[0]
-    view = memory(job.address + batch.part, batch.nbytes)
-    source.read_into(batch.start, view)
-    if job.crc is not None:
-        sums.setdefault(job, []).append((batch.part, zlib_ng.crc32(view), batch.nbytes))
-    return batch.nbytes
+class _Pieces:
+    """The stretches in the order of the file, large ones in parts: columns again."""
+
+    def __init__(self, reads: Reads, limits: Limits) -> None:
+        offsets, nbytes = np.array(reads.offsets, np.int64), np.array(reads.nbytes, np.int64)
+        addresses = np.array(reads.addresses, np.uint64)
+        order = np.argsort(offsets, kind="stable")
+        order = order[nbytes[order] > 0]
+        chunk = limits.chunk_nbytes
+        parts = -(-nbytes[order] // chunk)
+        self.read = np.repeat(order, parts)  # which stretch a piece is of, and how far into it it begins
+        self.into = (np.arange(len(self.read)) - np.repeat(np.cumsum(parts) - parts, parts)) * chunk
+        self.start = offsets[self.read] + self.into
+        self.nbytes = np.minimum(nbytes[self.read] - self.into, chunk)
+        self.address = addresses[self.read] + self.into.astype(np.uint64)
+        self._scratch = np.empty(_GAP, np.uint8)
+
+    def batches(self, limits: Limits) -> Iterator[_Batch]:
+        """As few calls as the chunk's size, the system's most places and holes in the file allow."""
+        ends = self.start + self.nbytes
+        gaps = self.start[1:] - ends[:-1]
+        breaks = np.flatnonzero((gaps < 0) | (gaps > _GAP)) + 1
+        for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(ends)], strict=True):
+            at = first
+            while at < last:
+                fitting = int(np.searchsorted(ends[at:last], self.start[at] + limits.chunk_nbytes, side="right"))
+                rows = slice(at, at + min(max(fitting, 1), MOST_ROWS // 2))
+                yield _Batch(int(self.start[at]), self._table(rows, gaps), rows)
+                at = rows.stop
+
+    def _table(self, rows: slice, gaps: NDArray[np.int64]) -> Table:
+        """The places of these pieces; what lies between them goes where nobody looks."""
+        table = np.empty((2 * (rows.stop - rows.start) - 1, 2), np.uint64)
+        table[::2, 0], table[::2, 1] = self.address[rows], self.nbytes[rows]
+        table[1::2, 0], table[1::2, 1] = self._scratch.ctypes.data, gaps[rows.start : rows.stop - 1]
+        return table[table[:, 1] > 0]
 
 
-def _read_group(source: Source, batch: _Batch) -> int:
-    data = bytearray(batch.nbytes)
-    view = memoryview(data)
-    source.read_into(batch.start, view)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(data))
-    total = 0
-    for offset, nbytes, address, label, crc in batch.jobs:
-        at = offset - batch.start
-        if crc is not None and zlib_ng.crc32(view[at : at + nbytes]) != crc:
-            raise _damaged(label, offset)
-        ctypes.memmove(address, base + at, nbytes)
-        total += nbytes
-    return total
+class _Sums:
+    """CRCs of what has come, taken while it is warm."""
 
+    def __init__(self, reads: Reads, pieces: _Pieces) -> None:
+        self._reads = reads
+        self._pieces = pieces
+        self._parts: dict[int, list[tuple[int, int, int]]] = {}
 
-def _check_parts(job: ReadJob, parts: list[tuple[int, int, int]]) -> None:
-    crc = 0
-    for _, part, nbytes in sorted(parts):
-        crc = zlib_ng.crc32_combine(crc, part, nbytes)
-    if crc != job.crc:
-        raise _damaged(job.label, job.offset)
+    def take(self, rows: slice) -> None:
+        """Sum up pieces; a stretch that is one piece is checked at once."""
+        pieces, reads = self._pieces, self._reads
+        columns = (pieces.read, pieces.into, pieces.nbytes, pieces.address)
+        for index, into, nbytes, address in zip(*(column[rows].tolist() for column in columns), strict=True):
+            if reads.crcs[index] is None:
+                continue
+            crc = zlib_ng.crc32(memory(address, nbytes))
+            if nbytes < reads.nbytes[index]:
+                self._parts.setdefault(index, []).append((into, crc, nbytes))
+            elif crc != reads.crcs[index]:
+                raise self._damaged(index)
 
+    def finish(self) -> None:
+        """Check what came in parts."""
+        for index, parts in self._parts.items():
+            crc = 0
+            for _, part, nbytes in sorted(parts):
+                crc = zlib_ng.crc32_combine(crc, part, nbytes)
+            if crc != self._reads.crcs[index]:
+                raise self._damaged(index)
 
-def _damaged(label: str, offset: int) -> FormatError:
-    reason = "its CRC-32 does not match. Copy or download the file again."
-    return FormatError(f"{label} is damaged: {reason}", offset=offset, name=label)
+    def _damaged(self, index: int) -> FormatError:
+        label = self._reads.labels[index]
+        reason = "its CRC-32 does not match. Copy or download the file again."
+        return FormatError(f"{label} is damaged: {reason}", offset=self._reads.offsets[index], name=label)

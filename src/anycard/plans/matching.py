@@ -34,7 +34,8 @@ class Match:
         outside: Stored names of the candidate that lie beside the prefix.
         wrapper_state: Canonical name -> stored name of what belongs to a wrapper (`n_averaged`).
         collision: Two stored names that would be one, or "".
-        hits: How many of the model's names are there; `exact` of them have the model's shape.
+        hits: How many of the model's names are there.
+        exact: How many of these have the model's shape; counted where there is a choice.
     """
 
     source: StateDict
@@ -116,8 +117,9 @@ def _scored(
 ) -> list[Match]:
     matches = [m for c in candidates for m in _readings(c, shapes, rename)]
     for match in matches:
+        match.hits = match.hits or len(shapes.keys() & match.names.keys())
+    for match in matches if len(matches) > 1 else ():
         tensors = match.source.tensors
-        match.hits = sum(name in match.names for name in shapes)
         match.exact = sum(n in match.names and tensors[match.names[n]].shape == shape for n, shape in shapes.items())
     return matches
 
@@ -152,8 +154,10 @@ def _readings(candidate: StateDict, shapes: Mapping[str, tuple[int, ...]], renam
     """The candidate from its top, and from every prefix that its names vote for."""
     if rename is None and candidate.canonical is None and has_no_segments(candidate.tensors):
         names = {name: name for name in candidate.tensors}
-        if shapes and all(name in names for name in shapes):
-            return [Match(candidate, "", names, ())]  # as the reading from the top would find, one name at a time
+        if shapes and shapes.keys() <= names.keys():
+            return [
+                Match(candidate, "", names, (), hits=len(shapes))
+            ]  # as the reading from the top would find, one name at a time
     variants = _variants(candidate)
     lookup = _lookup(shapes)
     top = _read_from(candidate, "", variants, lookup, rename)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -9,8 +11,8 @@ from torch.nn.parameter import is_lazy
 from anycard.checkpoint import tensor_bytes
 from anycard.errors import DeviceError, MismatchError
 from anycard.tensors import TensorInfo, span_numel
-from anycard.torch.modules import Target
 from anycard.torch.reading import read_tensor
+from anycard.torch.survey import Target
 from anycard.torch.work import Options, Work
 from anycard.warning import warn
 
@@ -87,14 +89,12 @@ _Fills = list[tuple[Target, TensorInfo]]
 
 def _overlapping(fills: _Fills) -> list[_Fills]:
     """Targets that are different views of the same memory, such as a transposed tie."""
-    extents = []
-    for index, (target, _) in enumerate(fills):
-        tensor = target.tensor
-        if not is_lazy(tensor) and tensor.layout is torch.strided and tensor.data_ptr():
-            extents.append((*_extent(tensor), index))
+    extents = sorted([(*_extent(target), index) for index, (target, _) in enumerate(fills)])
+    if all(end <= after for (_, end, _), (after, _, _) in itertools.pairwise(extents)):
+        return []
     groups: list[list[int]] = []
     reach = -1
-    for start, end, index in sorted(extents):
+    for start, end, index in extents:
         if start < reach:
             groups[-1].append(index)
         else:
@@ -103,11 +103,17 @@ def _overlapping(fills: _Fills) -> list[_Fills]:
     return [[fills[index] for index in sorted(group)] for group in groups if len(group) > 1]
 
 
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """Addresses of the first element and behind the last."""
-    start = tensor.data_ptr()
-    if tensor.is_contiguous():
+def _extent(target: Target) -> tuple[int, int]:
+    """Addresses of the first element and behind the last; the same where it has no memory."""
+    tensor = target.tensor
+    if target.plain:
+        start = tensor.data_ptr()
         return start, start + tensor.nbytes
+    if is_lazy(tensor) or tensor.layout is not torch.strided:
+        return 0, 0
+    start = tensor.data_ptr()
+    if tensor.is_meta or not start:
+        return 0, 0
     return start, start + span_numel(tuple(tensor.shape), tuple(tensor.stride())) * tensor.element_size()
 
 

@@ -77,6 +77,9 @@ def _allocate(work: Work, options: Options) -> _Places:
     mappings = Mappings() if options.mmap else None
     for target, info in work.fills:
         own = target.tensor
+        if as_it_is and target.plain and mappings is None:
+            places.inplace.append(Fill(own, info, target.name))
+            continue
         if mappings is not None and (mapped := _mapped(mappings, own, info, options)) is not None:
             places.old[id(own)] = (own, mapped)
             continue

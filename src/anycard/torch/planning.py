@@ -15,20 +15,14 @@ from anycard.names.stored import StateDict
 from anycard.plans.load_plan import LoadPlan, nearest_names
 from anycard.plans.matching import Match, canonical_metadata, find, infos, last_resorts, selected
 from anycard.tensors import TensorInfo, row_major
-from anycard.torch.dtypes import FROM_TORCH
+from anycard.torch.dtypes import FROM_TORCH, TO_TORCH
 from anycard.torch.modules import (
-    Target,
-    Walked,
     canonical_paths,
     live_paths,
-    not_stored,
-    on_meta,
-    refuse_assigned_state_dict,
-    targets,
     unwrapped,
-    walk,
 )
-from anycard.torch.self_loading import Trace, counts_batches, loads_itself, overrides_entry, trace
+from anycard.torch.self_loading import Trace, counts_batches, overrides_entry, trace
+from anycard.torch.survey import Survey, Target, survey
 from anycard.torch.work import Options, OwnLoader, Work, final_dtype, loses_kind
 
 
@@ -39,44 +33,43 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
         ChoiceError: Several state dicts fit, or none is there.
         CheckpointError: `model.state_dict` was overwritten by an assignment.
     """
-    walked = walk(model)
-    refuse_assigned_state_dict(model, walked)
-    wanted = targets(walked)
-    shapes = {t.name: t.shape for t in wanted if not t.own}
+    seen = survey(model)
+    shapes = {target.name: target.shape for target in seen.targets if not target.own}
     candidates: Sequence[StateDict] = ckpt.state_dicts
     unions = [held for held in ckpt.found.unions if options.key is None or held.key == options.key]
     if options.key is not None and not (unions and options.key not in {held.key for held in candidates}):
         candidates, unions = [by_key(candidates, options.key, ckpt.path)], []
     match = find(candidates, unions, shapes, options.rename, ckpt.path)
-    work = _planned(ckpt, walked, wanted, match, options)
-    if not match.hits and not work.plan.fits and options.rename is None and any(map(loads_itself, model.modules())):
+    work = _planned(ckpt, seen, match, options)
+    if not match.hits and not work.plan.fits and options.rename is None and seen.self_loaders:
         for other in last_resorts(candidates, shapes):
-            again = _planned(ckpt, walked, wanted, other, options)
+            again = _planned(ckpt, seen, other, options)
             if again.plan.fits:
                 return again
     return work
 
 
-def _planned(ckpt: Checkpoint, walked: Walked, wanted: list[Target], match: Match, options: Options) -> Work:
-    model = walked[0][2]
-    total = sum(not target.own for target in wanted)
+def _planned(ckpt: Checkpoint, seen: Survey, match: Match, options: Options) -> Work:
+    model = seen.walked[0][2]
+    total = sum(not target.own for target in seen.targets)
     plan = LoadPlan(ckpt.path, type(unwrapped(model)).__name__, match.where, total=total)
     work = Work(plan, model, match)
-    _Planner(work, walked, wanted, options, ckpt).run()
+    _Planner(work, seen, options, ckpt).run()
     return work
 
 
 class _Planner:
     """The steps of planning; each fills a part of the work."""
 
-    def __init__(self, work: Work, walked: Walked, wanted: list[Target], options: Options, ckpt: Checkpoint) -> None:
+    def __init__(self, work: Work, seen: Survey, options: Options, ckpt: Checkpoint) -> None:
         self.work = work
         self.plan = work.plan
         self.options = options
         self.ckpt = ckpt
-        self.walked = walked
-        self.wanted = {t.name: t for t in wanted if not t.own}
-        self.own_state = [t for t in wanted if t.own]
+        self.seen = seen
+        self.walked = seen.walked
+        self.wanted = {target.name: target for target in seen.targets if not target.own}
+        self.own_state = [target for target in seen.targets if target.own]
         self.stored = infos(work.match)
         self.chosen = set(self.wanted)
         if options.only is not None:
@@ -106,14 +99,31 @@ class _Planner:
 
     def run(self) -> None:
         handled = self._own_loaders()
-        for name, target in self.wanted.items():
-            if name in self.chosen and name not in handled:
-                self._by_name(name, target)
+        self._by_names([t for n, t in self.wanted.items() if n in self.chosen and n not in handled])
         self._wrapper_state()
         self._extra_state()
         self._ties()
         self._leftovers()
         self._describe()
+
+    def _by_names(self, targets: Sequence[Target]) -> None:
+        """Pair targets with the stored tensors of their names; most of them agree in all."""
+        stored, fills, nbytes = self.stored, self.work.fills, 0
+        rest: Sequence[Target] = targets
+        if self.options.dtype is None:
+            rest = []
+            for target in targets:
+                name, tensor = target.name, target.tensor
+                info = stored.get(name)
+                if info is not None and info.shape == target.shape and TO_TORCH.get(info.dtype) is target.dtype:
+                    fills.append((target, info))
+                    nbytes += tensor.nbytes
+                else:
+                    rest.append(target)
+            self.used.update(target.name for target, _ in fills)
+            self.plan.nbytes += nbytes
+        for target in rest:
+            self._by_name(target.name, target)
 
     def _by_name(self, name: str, target: Target) -> None:
         info = self.stored.get(name)
@@ -150,15 +160,17 @@ class _Planner:
         handled: set[str] = set()
         top: str | None = None
         root = unwrapped(self.work.model)
-        for live, canonical, module in self.walked:
+        own_entry = overrides_entry(root)
+        found = self.seen.self_loaders
+        if own_entry:
+            found = [row for row in self.walked if row[2] is root] + [row for row in found if row[2] is not root]
+        for live, canonical, module in found:
             if top is not None and (not top or canonical == top or canonical.startswith(top + ".")):
                 continue  # the walk goes down before it goes on, so all below a module follows it at once
-            entry = module is root and overrides_entry(module)
-            if not (entry or loads_itself(module)):
-                continue
+            entry = own_entry and module is root
             top = canonical
             prefix = canonical + "." if canonical else ""
-            mine = {prefix + t.name for t in targets(walk(module)) if not t.own}
+            mine = {name for name in self.wanted if name.startswith(prefix)}
             if mine & self.chosen or self.options.only is None:
                 self._ask(module, canonical, live, entry)
             handled |= mine
@@ -262,9 +274,7 @@ class _Planner:
     def _extra_state(self) -> None:
         extras = self.work.match.source.extras
         taken: set[str] = set()
-        for _, canonical, module in self.walked:
-            if type(module).set_extra_state is nn.Module.set_extra_state:
-                continue
+        for _, canonical, module in self.seen.extras:
             name = join(canonical, "_extra_state")
             stored = next((n for n in extras if n == name or n.endswith("." + name)), None)
             if name in self.stored:
@@ -279,8 +289,9 @@ class _Planner:
 
     def _ties(self) -> None:
         """One fill for each tensor; a name tied to a filled one is not missing."""
-        self.plan.pairs = {t.name: self._stored_name(t.name) for t, _ in self.work.fills}
-        if len({id(target.tensor) for target, _ in self.work.fills}) == len(self.work.fills) and not self.missing:
+        names = self.work.match.names
+        self.plan.pairs = {target.name: names.get(target.name, target.name) for target, _ in self.work.fills}
+        if not self.missing and len({id(target.tensor) for target, _ in self.work.fills}) == len(self.work.fills):
             return
         groups: dict[int, list[tuple[Target, TensorInfo]]] = {}
         for target, info in self.work.fills:
@@ -295,7 +306,7 @@ class _Planner:
         self.work.fills = [group[0] for group in groups.values()]
 
     def _leftovers(self) -> None:
-        hidden = not_stored(self.walked)
+        hidden = self.seen.hidden
         left = [n for n in self.stored if not (n in self.used or n in self.wanted)]
         left += self.spare_extras
         dropped = [n for n in left if n in hidden]
@@ -305,7 +316,7 @@ class _Planner:
             outside = [] if self._lightning() else self.work.match.outside
             self.plan.unexpected = (*(n for n in left if n not in hidden), *outside)
         self.plan.missing = tuple(dict.fromkeys(self.missing))
-        if bare := on_meta(self.walked):
+        if bare := self.seen.bare:
             called = {id(m) for loader in self.work.called for m in loader.module.modules()}
             filled = {id(target.tensor) for target, _ in self.work.fills}
             filled |= {id(target.tensor) for target in self.work.counters}

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from anycard.disk.source import Source
-from anycard.disk.transfer import ReadJob, run_reads
+from anycard.disk.transfer import Reads, run_reads
 from anycard.errors import FormatError, naming
 from anycard.limits import DEFAULT, Limits
 from anycard.names.choosing import canonical_names
 from anycard.names.plain import plain
 from anycard.pickles.stubs import Inert
 from anycard.progress import Progress, counting
-from anycard.tensors import DTYPES, TensorInfo, is_dense
-from anycard.torch.dtypes import FROM_TORCH, PLAIN, TO_TORCH
+from anycard.tensors import DTYPES, TensorInfo, is_dense, is_row_major
+from anycard.torch.dtypes import PLAIN, TO_TORCH
 from anycard.warning import warn
 
 
@@ -56,45 +56,49 @@ def fill_tensors(
 
 
 def _fill_directly(fills: Sequence[Fill], done: Callable[[int], None] | None, check: bool, limits: Limits) -> None:
-    jobs: dict[Source, list[ReadJob]] = {}
-    for fill in fills:
-        source = fill.info.storage.source
-        assert source is not None
-        if source not in jobs:
-            jobs[source] = []
-        jobs[source].append(_job(fill, check))
     try:
-        for source, group in jobs.items():
-            run_reads(source, group, done, limits=limits)
+        for source, group in _by_source(fills):
+            run_reads(source, _reads(group, check), done, limits=limits)
     finally:  # writing by address is nothing that autograd sees
         torch.autograd.graph.increment_version([fill.tensor for fill in fills if not fill.tensor.is_inference()])
 
 
-def _job(fill: Fill, check: bool) -> ReadJob:
-    tensor, info, name = fill
-    storage, nbytes = info.storage, info.nbytes
-    assert storage.offset is not None
-    whole = check and info.start == 0 and nbytes == storage.nbytes
-    crc = storage.crc if whole else None
-    return ReadJob(storage.offset + info.start, nbytes, tensor.data_ptr(), name, crc)
+def _by_source(fills: Sequence[Fill]) -> Iterable[tuple[Source, Sequence[Fill]]]:
+    groups: dict[Source | None, list[Fill]] = {source: [] for source in {fill.info.storage.source for fill in fills}}
+    for fill in fills:
+        groups[fill.info.storage.source].append(fill)
+    return ((source, group) for source, group in groups.items() if source is not None)
+
+
+def _reads(fills: Sequence[Fill], check: bool) -> Reads:
+    tensors, infos, names = zip(*fills, strict=True)
+    storages = [info.storage for info in infos]
+    offsets = [info.start + storage.offset for info, storage in zip(infos, storages, strict=True)]
+    nbytes = [tensor.nbytes for tensor in tensors]
+    crcs: list[int | None] = []
+    if check:
+        rows = zip(infos, storages, nbytes, strict=True)
+        crcs = [store.crc if info.start == 0 and size == store.nbytes else None for info, store, size in rows]
+    return Reads(offsets, nbytes, [tensor.data_ptr() for tensor in tensors], names, crcs)
 
 
 def _goes_straight(tensor: torch.Tensor, info: TensorInfo) -> bool:
     """The tensor's memory is to hold the very bytes that are stored."""
+    shape, stride = info.shape, info.stride
     return (
-        FROM_TORCH.get(tensor.dtype) == info.dtype
-        and tensor.shape == info.shape
+        TO_TORCH.get(info.dtype) is tensor.dtype
+        and tensor.shape == shape
         and tensor.is_cpu
         and (type(tensor) in PLAIN or type(tensor.data) is torch.Tensor)
         and plain_bytes(info)
-        and not (tensor.is_conj() or tensor.is_neg())
-        and is_dense(info.shape, info.stride)
-        and ((info.contiguous and tensor.is_contiguous()) or _same_order(tensor.stride(), info))
+        and not (tensor.is_neg() or tensor.is_conj())
+        and ((is_row_major(shape, stride) and tensor.is_contiguous()) or _same_order(tensor.stride(), info))
     )
 
 
 def _same_order(stride: tuple[int, ...], info: TensorInfo) -> bool:
-    return all(a == b for a, b, size in zip(stride, info.stride, info.shape, strict=True) if size > 1)
+    same = all(a == b for a, b, size in zip(stride, info.stride, info.shape, strict=True) if size > 1)
+    return same and is_dense(info.shape, info.stride)
 
 
 def plain_bytes(info: TensorInfo) -> bool:

@@ -23,12 +23,10 @@ from torch.overrides import TorchFunctionMode
 
 from anycard.names.paths import join
 from anycard.tensors import TensorInfo
-from anycard.torch.dtypes import PLAIN, TO_TORCH
+from anycard.torch.dtypes import TO_TORCH
 from anycard.torch.modules import live_wrapper
 from anycard.torch.overrides import METADATA, short_name
 
-# Overrides that we have read: batch norms' counter may be missing below version 2.
-KNOWN = frozenset({nn.Module._load_from_state_dict, _NormBase._load_from_state_dict})
 # What gives the same elements again, in the same order; and the same in another shape.
 _SAME = frozenset(("detach", "clone", "contiguous", "cpu", "to", "data", "requires_grad_", "type", "float", "half"))
 _RESHAPED = frozenset(("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"))
@@ -42,24 +40,6 @@ def counts_batches(module: nn.Module) -> bool:
 def overrides_entry(module: nn.Module) -> bool:
     """Its class has a `load_state_dict` of its own, which plain PyTorch calls on the outermost module only."""
     return type(module).load_state_dict is not nn.Module.load_state_dict and live_wrapper(module) is None
-
-
-def loads_itself(module: nn.Module) -> bool:
-    """The module does more on load than copy tensors by name."""
-    if live_wrapper(module) is not None:
-        return False
-    if _class_loads_itself(type(module)) or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
-        return True
-    for held in (module._parameters, module._buffers):
-        for tensor in held.values():
-            if type(tensor) not in PLAIN and tensor is not None:
-                return True
-    return False
-
-
-def _class_loads_itself(kind: type[nn.Module]) -> bool:
-    own_extra_state = kind.set_extra_state is not nn.Module.set_extra_state
-    return own_extra_state or kind._load_from_state_dict not in KNOWN
 
 
 @dataclass

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -14,15 +16,25 @@ from anycard.errors import CheckpointError
 from anycard.torch.dtypes import is_plain
 
 
-def _copied(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+class _Copy:
     """The bytes of contiguous CPU tensors, one after the other: a copy of each by itself takes far longer."""
-    memory = torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8, device="cpu")
-    address = memory.data_ptr()
-    for tensor in tensors:
-        nbytes = tensor.nbytes
-        ctypes.memmove(address, tensor.data_ptr(), nbytes)
-        address += nbytes
-    return memory
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._sizes = [tensor.nbytes for tensor in tensors]
+        self._memory = torch.empty(sum(self._sizes), dtype=torch.uint8, device="cpu")
+        self._places = list(itertools.accumulate(self._sizes, initial=self._memory.data_ptr()))[:-1]
+        self._move(self._places, self._addresses())
+
+    def back(self) -> None:
+        """Give the tensors their bytes back."""
+        self._move(self._addresses(), self._places)
+
+    def _addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._tensors]
+
+    def _move(self, to: Iterable[int], origin: Iterable[int]) -> None:
+        collections.deque(map(ctypes.memmove, to, origin, self._sizes), maxlen=0)
 
 
 class Undo:
@@ -51,16 +63,13 @@ class Undo:
                 plain.append(tensor)
             elif not (is_lazy(tensor) or tensor.is_meta):
                 kept.append((tensor, tensor.detach().clone()))
-        memory = _copied(plain)
+        copy = _Copy(plain)
 
         def back() -> None:
             with torch.no_grad():
                 for tensor, old in kept:
                     tensor.detach().copy_(old)
-            address = memory.data_ptr()
-            for tensor in plain:
-                ctypes.memmove(tensor.data_ptr(), address, tensor.nbytes)
-                address += tensor.nbytes
+            copy.back()
 
         self.then(back)
 

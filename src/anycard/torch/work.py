@@ -12,8 +12,8 @@ from anycard.plans.load_plan import LoadPlan
 from anycard.plans.matching import Match, Only, Rename
 from anycard.tensors import DTYPES, TensorInfo
 from anycard.torch.dtypes import TO_TORCH
-from anycard.torch.modules import Target
 from anycard.torch.self_loading import Trace
+from anycard.torch.survey import Target
 
 
 @dataclass(frozen=True)
