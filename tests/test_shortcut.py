@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import pickletools
 import re
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -51,14 +53,22 @@ def read(data: bytes, *, shortcut: bool) -> tuple[Any, int]:
 def shown(value: Any) -> Any:
     """All that an inert object holds, by value."""
     if isinstance(value, TensorInfo):
-        return ("tensor", value.dtype, value.shape, value.stride, value.start, value.storage.key, value.requires_grad)
+        return (
+            "tensor",
+            value.dtype,
+            value.shape,
+            value.stride,
+            value.start,
+            shown(value.storage.key),
+            value.requires_grad,
+        )
     if isinstance(value, StoredStorage):
-        return ("storage", value.numel, value.start, None if value.storage is None else value.storage.key)
+        return ("storage", value.numel, value.start, None if value.storage is None else shown(value.storage.key))
     if isinstance(value, Inert):
         return ("inert", value.path, shown(value.args), shown(value.state))
     if isinstance(value, dict):
-        return [type(value).__name__, *((shown(k), shown(v)) for k, v in value.items()), shown(vars(value))] if hasattr(
-            value, "__dict__") else {shown(k): shown(v) for k, v in value.items()}  # fmt: skip
+        pairs = [(shown(k), shown(v)) for k, v in value.items()]
+        return [type(value).__name__, pairs, shown(vars(value)) if hasattr(value, "__dict__") else ()]
     if isinstance(value, (list, tuple)):
         return [type(value).__name__, *map(shown, value)]
     return value if not isinstance(value, type) else ("class", value.__name__)
@@ -150,7 +160,11 @@ def test_a_lie_ends_as_it_does_without(old: bytes, new: bytes) -> None:
 def test_any_lie_ends_as_it_does_without(data: st.DataObject) -> None:
     """Bytes changed anywhere, mostly numbers of puts and gets: the same object, or an error both ways."""
     pickled = bytearray(PICKLES[data.draw(st.integers(0, len(PICKLES) - 1))])
-    places = [at + 1 for op, _, at in pickletools.genops(bytes(pickled)) if op.name in ("BINPUT", "BINGET") and at]
+    places = [
+        at + 1
+        for op, _, at in pickletools.genops(bytes(pickled))
+        if op.name in ("BINPUT", "BINGET", "LONG_BINPUT", "LONG_BINGET", "BINUNICODE", "TUPLE2", "BININT1") and at
+    ]
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.sampled_from(places) | st.integers(2, len(pickled) - 1))
         pickled[at] = data.draw(st.integers(0, 60) | st.sampled_from(pickled))
@@ -166,4 +180,76 @@ def test_any_lie_ends_as_it_does_without(data: st.DataObject) -> None:
         assert outcomes[0] == outcomes[1]
 
 
-PICKLES = [pickle_of(state(9)), pickle_of({"a": torch.ones(1), "b": torch.ones(1, 1), "c": torch.ones(())})]
+def ours(state: dict[str, torch.Tensor]) -> bytes:
+    """The pickle in the file that anycard.save makes, which spells each shape once."""
+    with tempfile.TemporaryDirectory() as folder:
+        anycard.save(state, Path(folder) / "a.pth")
+        with zipfile.ZipFile(Path(folder) / "a.pth") as archive:
+            return archive.read("archive/data.pkl")
+
+
+PICKLES = [
+    pickle_of(state(9)),
+    pickle_of({"a": torch.ones(1), "b": torch.ones(1, 1), "c": torch.ones(())}),
+    pickle_of(state(60)),
+    ours(state(60) | {f"late{i}": torch.zeros(300 + i // 2, 1) for i in range(40)}),
+]
+
+
+@pytest.mark.parametrize("data", PICKLES[2:], ids=["torch", "anycard"])
+def test_rows_are_in_the_memo_when_asked_for(data: bytes) -> None:
+    puts = [arg for op, arg, _ in pickletools.genops(data) if op.name in ("BINPUT", "LONG_BINPUT")]
+    assert data[-2:] == b"u." and puts[-1] > 400
+    assert read(data, shortcut=True)[1] > 50
+    for index in [*puts[1:], puts[-1] + 1]:
+        asked = data[:-2] + b"X\3\0\0\0ask" + b"j" + index.to_bytes(4, "little") + b"u."
+        try:
+            wanted = read(asked, shortcut=False)[0]
+        except FormatError:
+            assert index > puts[-1]
+            with pytest.raises(FormatError):
+                read(asked, shortcut=True)
+        else:
+            assert read(asked, shortcut=True)[0] == wanted
+
+
+@pytest.mark.parametrize("data", PICKLES[2:], ids=["torch", "anycard"])
+@pytest.mark.parametrize("name", ["LONG_BINPUT", "LONG_BINGET", "BINGET", "BINUNICODE"])
+def test_a_lie_in_a_row_ends_as_it_does_without(data: bytes, name: str) -> None:
+    """Each number of its kind is changed a little, and what that may change is asked for at the end."""
+    whole = {"LONG_BINPUT": 4, "LONG_BINGET": 4, "BINGET": 1, "BINUNICODE": 4}[name]
+    found = [(at + 1, arg) for op, arg, at in pickletools.genops(data) if op.name == name and at > len(data) // 4]
+    ops = [(op.name, arg) for op, arg, _ in pickletools.genops(data)]
+    last = max(arg for op, arg in ops if op == "LONG_BINPUT")
+    last_sizes = max(put for (op, _), (_, put) in itertools.pairwise(ops) if op == "TUPLE2")
+    for at, arg in found[:: max(1, len(found) // 60)]:
+        told = len(arg.encode()) if isinstance(arg, str) else arg
+        near = range(told - 1, told + (20 if name == "LONG_BINGET" else 4))
+        for lie in {*near, max(told - 8, 0), min(300, 256**whole - 1), last, last_sizes} - {told}:
+            if 0 <= lie < 256**whole:
+                asked = data[:-2] + b"".join(
+                    b"X\3\0\0\0as%dj" % n + index.to_bytes(4, "little") for n, index in enumerate((told, lie))
+                )
+                lied = asked[:at] + lie.to_bytes(whole, "little") + asked[at + whole :] + b"u."
+                assert outcome(lied, shortcut=True) == outcome(lied, shortcut=False)
+
+
+def outcome(data: bytes, *, shortcut: bool) -> Any:
+    try:
+        return read(data, shortcut=shortcut)[0]
+    except (FormatError, RecursionError):
+        return "refused"
+
+
+def test_memoize_counts_rows() -> None:
+    data = PICKLES[2]
+    last = max(arg for op, arg, _ in pickletools.genops(data) if op.name == "LONG_BINPUT")
+    asked = data[:-2] + b"X\3\0\0\0new\x94X\1\0\0\0z0" + b"j" + (last + 1).to_bytes(4, "little") + b"u."
+    assert read(asked, shortcut=True)[0] == read(asked, shortcut=False)[0]
+
+
+def test_a_place_of_a_row_is_written_again() -> None:
+    data = PICKLES[2]
+    last = max(arg for op, arg, _ in pickletools.genops(data) if op.name == "LONG_BINPUT").to_bytes(4, "little")
+    asked = data[:-2] + b"X\3\0\0\0newr" + last + b"X\1\0\0\0z0" + b"j" + last + b"u."
+    assert read(asked, shortcut=True)[0] == read(asked, shortcut=False)[0]

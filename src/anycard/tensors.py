@@ -171,6 +171,11 @@ class TensorInfo:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
     def device(self) -> str:
         """The device tag that the file carries."""
         return self.storage.device

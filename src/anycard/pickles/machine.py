@@ -13,6 +13,7 @@ from anycard.limits import Limits
 from anycard.pickles.arrays import FollowedArray
 from anycard.pickles.budget import Budget
 from anycard.pickles.known import Globals
+from anycard.pickles.memo import Memo
 from anycard.pickles.opcodes import MARK, PUSHES, STEPS
 from anycard.pickles.shortcut import Shortcut
 from anycard.pickles.stubs import Inert
@@ -86,7 +87,7 @@ class Machine:
         self.pos = start
         self.at = start
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.memo = Memo()
         self.persistent_load: Callable[[Any], Any] = persistent_load
         self.budget = budget
         self.protocol = 0
@@ -208,14 +209,26 @@ class Machine:
 
     def recall(self, index: int) -> Any:
         """A value of the memo; a finished array or tensor is its tensor."""
-        value = self.memo.get(index, MARK)
-        if value is MARK:
-            raise FormatError("the pickle's memo lacks what is asked of it")
+        try:
+            value = self.memo[index]
+        except KeyError:
+            raise FormatError("the pickle's memo lacks what is asked of it") from None
         if value is self._maker and self.shortcut is not None:
             return self.shortcut.tensor() or value
         if isinstance(value, Built) and value.result is not None:
             return value.result
         return value
+
+    def memo_at(self, index: int) -> Any:
+        """What the memo holds in a place; None where it holds nothing."""
+        try:
+            return self.memo[index]
+        except KeyError:
+            return None
+
+    def makes_tensors(self, index: int) -> bool:
+        """That place of the memo holds `torch._utils._rebuild_tensor_v2`."""
+        return self._maker is not None and self.memo_at(index) is self._maker
 
     def remember(self, index: int) -> None:
         """Put the top value into the memo."""

@@ -83,8 +83,10 @@ def _bytearray(m: Machine) -> bytearray:
     return made
 
 
-def _text(m: Machine) -> str:
-    """A text, and the put into the memo that nearly always follows."""
+def _text(m: Machine) -> Any:
+    """A text, and the put into the memo that nearly always follows; or whole rows of a state dict."""
+    if m.shortcut is not None and m.shortcut.names_and_tensors():
+        return m.stack.pop()
     text = str(m.take(m.number(4)), "utf-8", "surrogatepass")
     put = m.pos
     if m.data[put : put + 1] == b"r" and put + 5 <= m.size:
@@ -102,7 +104,7 @@ def _empty_dict(m: Machine) -> dict[Any, Any]:
         return {}
     put, far_put, get, far_get, number = found.groups()
     index = int.from_bytes(put or far_put, "little")
-    key = m.memo.get(int.from_bytes(get or far_get, "little"))
+    key = m.memo_at(int.from_bytes(get or far_get, "little"))
     if type(key) is not str or index in m.pinned:
         return {}
     made = m.memo[index] = {key: number[0]}
@@ -197,7 +199,7 @@ def _put(m: Machine) -> None:
 
 @_op(b"\x94")
 def _memoize(m: Machine) -> None:
-    m.remember(len(m.memo))
+    m.remember(m.memo.count())
 
 
 @_op(b"\x93")

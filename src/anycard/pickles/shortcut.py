@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from anycard.pickles.rows import Rows
 from anycard.pickles.stubs import Inert
 from anycard.pickles.views import StoredStorage, ints, is_storage_class, sized
 from anycard.tensors import DTYPES, TensorInfo, span_numel
@@ -41,6 +42,8 @@ class Shortcut:
         self._numbers: dict[bytes, int] = {}
         self._shapes: dict[bytes, _Sizes] = {}
         self._spans: dict[tuple[_Sizes, _Sizes], int] = {}
+        self._rows = Rows(machine, self)
+        self._more = False
         self.taken = 0
 
     def tensor(self) -> TensorInfo | None:
@@ -51,13 +54,13 @@ class Shortcut:
             return None
         kind, size, key, put_key, place, numel, none, put_pid, offset, *sizes = found.groups()
         *sizes, grad, hooks, put_hooks, put_args, put = sizes
-        known = self._known.get((kind, place, hooks)) or self._recognised((kind, place, hooks))
+        known = self._known.get((kind, place, hooks)) or self.recognised((kind, place, hooks))
         shaped = self._shaped(*sizes)
         if known is None or shaped is None or size[0] != len(key):
             return None
         (cls, location, itemsize), (shape, stride, span) = known, shaped
-        name, first = key.decode(), self._number(offset)
-        pid = ("storage", cls, name, location, self._number(numel), *((None,) if none else ()))
+        name, first = key.decode(), self.number(offset)
+        pid = ("storage", cls, name, location, self.number(numel), *((None,) if none else ()))
         stored = m.persistent_load(pid)
         start, storage = stored.start + first * itemsize, stored.storage
         if storage is None or first < 0 or (span and start + span * itemsize > storage.nbytes):
@@ -72,7 +75,15 @@ class Shortcut:
         m.budget.spend(8)
         m.pos = found.end()
         self.taken += 1
+        self._more = True
         return made
+
+    def names_and_tensors(self) -> bool:
+        """Push those that stand here, where the tensor before was read in one step; whether there were any."""
+        taken = self._rows.take() if self._more else 0
+        self.taken += taken
+        self._more = taken > 0
+        return self._more
 
     def _put(self, puts: Sequence[bytes | None], values: Sequence[Any], sizes: Sequence[bytes | None]) -> bool:
         """Into the memo, what the interpreter would have put there on its way.
@@ -95,40 +106,43 @@ class Shortcut:
         held_steps: bytes | None, new_steps: bytes | None, put_steps: bytes | None,
     ) -> tuple[_Sizes, _Sizes, int] | None:  # fmt: skip
         """Sizes and strides, spelt out or by their places in the memo, and the elements that they span."""
-        shape = self._tuple(held or new or b"")
+        shape = self.sizes(held or new or b"")
         same = held_steps is not None and put is not None and _index(held_steps) == _index(put)
-        stride = shape if same else self._tuple(held_steps or new_steps or b"")
-        if shape is None or stride is None:
-            return None
+        stride = shape if same else self.sizes(held_steps or new_steps or b"")
+        return None if shape is None or stride is None else (shape, stride, self.span(shape, stride))
+
+    def span(self, shape: _Sizes, stride: _Sizes) -> int:
+        """The elements from the first to the last; FormatError for sizes and strides that no tensor has."""
         span = self._spans.get((shape, stride))
         if span is None:
             budget = self._machine.budget
             sized(ints(budget, shape, "shape"), ints(budget, stride, "stride"))
             span = self._spans[shape, stride] = span_numel(shape, stride)
-        return shape, stride, span
+        return span
 
-    def _tuple(self, raw: bytes) -> _Sizes | None:
+    def sizes(self, raw: bytes) -> _Sizes | None:
         """Numbers; None where the memo has no tuple in that place, for lists may change."""
         if raw[:1] in (b"h", b"j"):
-            value = self._machine.memo.get(_index(raw))
+            value = self._machine.memo_at(_index(raw))
             return value if type(value) is tuple and all(type(size) is int for size in value) else None
         found = self._shapes.get(raw)
         if found is None:
             tokens = _TOKEN.findall(raw, raw[:1] == b"(", len(raw) - 1)
-            found = self._shapes[raw] = tuple(self._number(token) for token in tokens)
+            found = self._shapes[raw] = tuple(self.number(token) for token in tokens)
         return found
 
-    def _number(self, raw: bytes) -> int:
+    def number(self, raw: bytes) -> int:
+        """What an opcode of a number pushes."""
         value = self._numbers.get(raw)
         if value is None:
             value = self._numbers[raw] = int.from_bytes(raw[1:], "little", signed=raw[:1] == b"J")
         return value
 
-    def _recognised(self, raw: tuple[bytes, bytes, bytes]) -> tuple[type[StoredStorage], str, int] | None:
+    def recognised(self, raw: tuple[bytes, bytes, bytes]) -> tuple[type[StoredStorage], str, int] | None:
         """What the memo's entries are that a tensor refers to, where they are what torch has there."""
         m = self._machine
         indices = [_index(get) for part in raw for get in _TOKEN.findall(part)]
-        tag, cls, location, hooks = (m.memo.get(index) for index in indices)
+        tag, cls, location, hooks = (m.memo_at(index) for index in indices)
         if not (isinstance(hooks, type) and issubclass(hooks, Inert) and isinstance(location, str)):
             return None
         if tag != "storage" or not is_storage_class(cls) or cls.dtype is None:

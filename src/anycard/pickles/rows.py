@@ -1,0 +1,250 @@
+"""Names and tensors one after the other, as torch and anycard write a state dict, read as columns.
+
+What `shortcut` does for one tensor is done for all that follow in the same form. Their places in the memo are
+consecutive, and are filled when something asks for them, which hardly anything does.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
+
+from anycard.errors import FormatError
+from anycard.pickles.views import StoredStorage
+from anycard.tensors import TensorInfo
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from anycard.pickles.machine import Machine
+    from anycard.pickles.shortcut import Shortcut
+
+_PARTS = {b"number": rb"(?:K.|M..|J....)", b"get": rb"(?:h.|j....)"}
+_NEW = rb"%(number)s\x85|%(number)s{2}\x86|%(number)s{3}\x87|\(%(number)s{4,8}t"
+_SIZES = rb"((?:\)|%(get)s|" + _NEW + rb"))(?:r(....))?"
+# Each opcode's length follows from its first byte, but for texts', whose claims are compared with what was found.
+_NAME = rb"X(.)\0\0\0([ -~]{1,255})r(....)"
+_HEAD = rb"(%(get)s\(\(%(get)s{2}X.)\0\0\0([0-9]{1,20})r(....)(%(get)s%(number)sN?)tr(....)"
+_TAIL = rb"([\x88\x89]%(get)s)\)Rr(....)t(?:r(....))?Rr(....)"
+_ROW = re.compile((_NAME + _HEAD + rb"Q(%(number)s)" + _SIZES + _SIZES + _TAIL) % _PARTS, re.DOTALL)
+_HEAD_PARTS = re.compile(rb"(%(get)s)\(\((%(get)s{2})X(.)" % _PARTS, re.DOTALL)
+_STORAGE_PARTS = re.compile(rb"(%(get)s)(%(number)s)(N?)" % _PARTS, re.DOTALL)
+
+
+class _Kind(NamedTuple):
+    """What is said in a row's form: in all of it but its texts and its places in the memo.
+
+    Attributes:
+        key_size: Bytes of the storage's key.
+        latest: The highest place in the memo that sizes and strides are taken from, or -1.
+        cls, rest: The storage's class, and what follows its key in the persistent id.
+        start: Byte offset of element 0 in what the persistent id names.
+        span: Bytes from the first element to the last.
+    """
+
+    key_size: int
+    latest: int
+    cls: type[StoredStorage]
+    rest: tuple[Any, ...]
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    span: int
+    grad: bool
+
+
+class _Columns(NamedTuple):
+    """Rows that stand one after the other; places are those in the memo, four bytes each, None where there is none."""
+
+    name_size: Sequence[bytes]
+    name: Sequence[bytes]
+    name_place: Sequence[bytes]
+    head: Sequence[bytes]
+    key: Sequence[bytes]
+    key_place: Sequence[bytes]
+    storage: Sequence[bytes]
+    storage_place: Sequence[bytes]
+    offset: Sequence[bytes]
+    shape: Sequence[bytes]
+    shape_place: Sequence[bytes | None]
+    stride: Sequence[bytes]
+    stride_place: Sequence[bytes | None]
+    tail: Sequence[bytes]
+    hooks_place: Sequence[bytes]
+    args_place: Sequence[bytes | None]
+    place: Sequence[bytes]
+
+    def begins(self, first: int) -> list[int]:
+        """The first place in the memo of each row, and the one behind the last; they are to be consecutive."""
+        there = zip(self.shape_place, self.stride_place, self.args_place, strict=True)
+        return list(accumulate([8 - row.count(None) for row in there], initial=first))
+
+    def places(self) -> bytes:
+        """All places in the memo, in order."""
+        columns = (
+            self.name_place, self.key_place, self.storage_place, self.shape_place, self.stride_place,
+            self.hooks_place, self.args_place, self.place,
+        )  # fmt: skip
+        return b"".join([place for row in zip(*columns, strict=True) for place in row if place is not None])
+
+    def spelt_out(self) -> dict[int, bytes]:
+        """Place in the memo -> the sizes or strides that are put there."""
+        places = chain(zip(self.shape_place, self.shape, strict=True), zip(self.stride_place, self.stride, strict=True))
+        return {int.from_bytes(place, "little"): raw for place, raw in places if place is not None}
+
+
+class Rows:
+    """The rows that one machine comes to."""
+
+    def __init__(self, machine: Machine, shortcut: Shortcut) -> None:
+        self._machine = machine
+        self._shortcut = shortcut
+
+    def take(self) -> int:
+        """Push the names and tensors that stand here, from the X that was just met; gives how many of each."""
+        m = self._machine
+        rows, ends = self._match()
+        if not rows:
+            return 0
+        columns = _Columns(*zip(*rows, strict=True))
+        first = int.from_bytes(columns.name_place[0], "little")
+        begins = columns.begins(first)
+        if begins[-1] >= 1 << 32 or not m.memo.is_new(range(first, begins[-1])):
+            return 0
+        good = min(_agreeing(columns, begins), len(rows))
+        kinds = self._kinds(columns, first)
+        infos = self._tensors(columns, kinds[:good], begins)
+        taken = len(infos)
+        if taken:
+            names = [name.decode() for name in columns.name[:taken]]
+            held = _Memory(m, names, columns.key, kinds, infos, begins, columns)
+            m.memo.promise(range(first, begins[taken]), held.made)
+            m.stack.extend(chain.from_iterable(zip(names, infos, strict=True)))
+            m.budget.spend(8 * taken)
+            m.pos = ends[taken - 1]
+        return taken
+
+    def _match(self) -> tuple[list[Sequence[Any]], list[int]]:
+        data, pos = self._machine.data, self._machine.pos - 1
+        rows: list[Sequence[Any]] = []
+        ends: list[int] = []
+        while (found := _ROW.match(data, pos)) is not None:
+            rows.append(found.groups())
+            pos = found.end()
+            ends.append(pos)
+        return rows, ends
+
+    def _tensors(self, columns: _Columns, kinds: Sequence[_Kind | None], begins: Sequence[int]) -> list[TensorInfo]:
+        """The tensors, up to the first that is for the interpreter to read."""
+        load = self._machine.persistent_load
+        made: list[TensorInfo] = []
+        rows = zip(kinds, columns.key, begins, columns.shape_place, strict=False)
+        for kind, key, begin, shape_place in rows:
+            if kind is None or kind.key_size != len(key):
+                break
+            # Strides may be the sizes that are put right before them.
+            if kind.latest >= begin and (shape_place is None or kind.latest != begin + 3):
+                break
+            _, _, cls, rest, start, shape, stride, span, grad = kind
+            try:
+                stored = load(("storage", cls, key.decode(), *rest))
+            except FormatError:
+                break  # the interpreter comes to it, and says where
+            storage = stored.storage
+            start += stored.start
+            if storage is None or (span and start + span > storage.nbytes):
+                break
+            made.append(TensorInfo(str(cls.dtype), shape, storage, stride=stride, start=start, requires_grad=grad))
+        return made
+
+    def _kinds(self, columns: _Columns, first: int) -> list[_Kind | None]:
+        """Each row's kind; None where that is for the interpreter to read. There are far fewer kinds than rows."""
+        forms = list(
+            zip(columns.head, columns.storage, columns.offset, columns.shape, columns.stride, columns.tail, strict=True)
+        )
+        spelt_out: dict[int, bytes] = {}
+        distinct = set(forms)
+        if any(_place(raw) >= first for form in distinct for raw in form[3:5]):
+            spelt_out = columns.spelt_out()
+        known = {form: self._kind(form, spelt_out) for form in distinct}
+        return [known[form] for form in forms]
+
+    def _kind(self, form: tuple[bytes, ...], spelt_out: Mapping[int, bytes]) -> _Kind | None:
+        head, storage, offset, shape, stride, tail = form
+        m, shortcut = self._machine, self._shortcut
+        told, held = _HEAD_PARTS.fullmatch(head), _STORAGE_PARTS.fullmatch(storage)
+        assert told is not None and held is not None
+        maker, kind, key_size = told.groups()
+        location, numel, none = held.groups()
+        known = shortcut.recognised((kind, location, tail[1:]))
+        sizes = [shortcut.sizes(spelt_out.get(_place(raw), raw)) for raw in (shape, stride)]
+        if known is None or not m.makes_tensors(_place(maker)) or None in sizes:
+            return None
+        try:
+            span = shortcut.span(*sizes)  # type: ignore[arg-type]
+        except FormatError:
+            return None
+        cls, where, itemsize = known
+        start = shortcut.number(offset) * itemsize
+        rest = (where, shortcut.number(numel), *((None,) if none else ()))
+        latest = max(_place(shape), _place(stride))
+        if start < 0:
+            return None
+        return _Kind(key_size[0], latest, cls, rest, start, sizes[0], sizes[1], span * itemsize, tail[:1] == b"\x88")  # type: ignore[arg-type]
+
+
+class _Memory(NamedTuple):
+    """What the memo would hold of rows that were read."""
+
+    machine: Machine
+    names: Sequence[str]
+    keys: Sequence[bytes]
+    kinds: Sequence[_Kind | None]
+    infos: Sequence[TensorInfo]
+    begins: Sequence[int]
+    columns: _Columns
+
+    def made(self, index: int) -> dict[int, Any]:
+        """The places of the row that has the place `index`."""
+        row = bisect_right(self.begins, index) - 1
+        kind = self.kinds[row]
+        assert kind is not None
+        pid = ("storage", kind.cls, self.keys[row].decode(), *kind.rest)
+        stored, info = self.machine.persistent_load(pid), self.infos[row]
+        hooks: OrderedDict[Any, Any] = OrderedDict()
+        first = (info.start - stored.start) // max(1, info.itemsize)
+        args = (stored, first, info.shape, info.stride, info.requires_grad, hooks)
+        columns = self.columns
+        values = (
+            (self.names[row], columns.name_place), (pid[2], columns.key_place), (pid, columns.storage_place),
+            (kind.shape, columns.shape_place), (kind.stride, columns.stride_place),
+            (hooks, columns.hooks_place), (args, columns.args_place), (info, columns.place),
+        )  # fmt: skip
+        return dict(enumerate((value for value, places in values if places[row] is not None), self.begins[row]))
+
+
+def _agreeing(columns: _Columns, begins: Sequence[int]) -> int:
+    """How many rows have names as long as they claim, and consecutive places in the memo."""
+    claimed, found = b"".join(columns.name_size), bytes(map(len, columns.name))
+    good = len(begins) - 1
+    if claimed != found:
+        good = _first_difference(claimed, found)
+    places, wanted = columns.places(), struct.pack(f"<{begins[-1] - begins[0]}I", *range(begins[0], begins[-1]))
+    if places != wanted:
+        good = min(good, bisect_right(begins, begins[0] + _first_difference(places, wanted) // 4) - 1)
+    return good
+
+
+def _first_difference(a: bytes, b: bytes) -> int:
+    return next(index for index, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+
+
+def _place(raw: bytes) -> int:
+    """The place in the memo that a get asks for; -1 for anything else."""
+    if raw[:1] == b"h":
+        return raw[1]
+    return int.from_bytes(raw[1:], "little") if raw[:1] == b"j" else -1
