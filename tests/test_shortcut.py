@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import anycard
 from anycard.errors import FormatError
@@ -193,10 +194,11 @@ PICKLES = [
     pickle_of({"a": torch.ones(1), "b": torch.ones(1, 1), "c": torch.ones(())}),
     pickle_of(state(60)),
     ours(state(60) | {f"late{i}": torch.zeros(300 + i // 2, 1) for i in range(40)}),
+    pickle_of({"model": nn.Sequential(*(nn.Linear(1, 1) for _ in range(70))).state_dict(), "epoch": 1}),
 ]
 
 
-@pytest.mark.parametrize("data", PICKLES[2:], ids=["torch", "anycard"])
+@pytest.mark.parametrize("data", PICKLES[2:], ids=["torch", "anycard", "metadata"])
 def test_rows_are_in_the_memo_when_asked_for(data: bytes) -> None:
     puts = [arg for op, arg, _ in pickletools.genops(data) if op.name in ("BINPUT", "LONG_BINPUT")]
     assert data[-2:] == b"u." and puts[-1] > 400
@@ -213,7 +215,7 @@ def test_rows_are_in_the_memo_when_asked_for(data: bytes) -> None:
             assert read(asked, shortcut=True)[0] == wanted
 
 
-@pytest.mark.parametrize("data", PICKLES[2:], ids=["torch", "anycard"])
+@pytest.mark.parametrize("data", PICKLES[2:], ids=["torch", "anycard", "metadata"])
 @pytest.mark.parametrize("name", ["LONG_BINPUT", "LONG_BINGET", "BINGET", "BINUNICODE"])
 def test_a_lie_in_a_row_ends_as_it_does_without(data: bytes, name: str) -> None:
     """Each number of its kind is changed a little, and what that may change is asked for at the end."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 from anycard.disk.source import Source
@@ -15,8 +16,9 @@ from anycard.limits import Limits
 
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
-_ENTRY = struct.Struct("<4s6H3L5H2L")
-_LOCAL = struct.Struct("<4s5H3L2H")
+# Of both only what is looked at; the rest is passed over.
+_ENTRY = struct.Struct("<4s4x2H4x3L3H8xL")
+_LOCAL = struct.Struct("<4s22x2H")
 _FULL = 0xFFFFFFFF
 # How far from the end miniz looks for the end record: in blocks of 4,096 bytes that overlap by 3, until
 # 64 KiB and a record are behind it. What lies after the record is a comment, or was appended.
@@ -37,6 +39,9 @@ class Record(NamedTuple):
     compressed: bool
 
 
+_RECORD = partial(tuple.__new__, Record)  # an archive has many: less than a call of the class takes
+
+
 def read_directory(source: Source, limits: Limits) -> dict[str, Record]:
     """The records by name.
 
@@ -55,10 +60,11 @@ def read_directory(source: Source, limits: Limits) -> dict[str, Record]:
     at = 0
     for _ in range(count):
         record, header, at = _entry(source, data, at, start)
-        if record.name in records:
-            raise FormatError(f"two records are called {record.name!r}", offset=start + at)
-        records[record.name] = record
-        ranges.append((header, record.offset + record.stored_nbytes, record.name))
+        name, offset, _, stored, _, _ = record
+        if name in records:
+            raise FormatError(f"two records are called {name!r}", offset=start + at)
+        records[name] = record
+        ranges.append((header, offset + stored, name))
     _refuse_overlap(ranges)
     _refuse_bomb(records.values(), start)
     return _without_crc(records)
@@ -87,6 +93,8 @@ def _without_crc(records: dict[str, Record]) -> dict[str, Record]:
 
     A single 0 beside others is a CRC. Source: torch.serialization.skip_data.
     """
+    if all(record.crc or not record.nbytes for record in records.values()):
+        return records
     filled = {name for name, record in records.items() if record.nbytes}
     storages = {name for name in filled if name.rpartition("/")[0].rpartition("/")[2] == "data"}
     for group in (filled, storages):
@@ -126,32 +134,36 @@ def _entry(source: Source, data: bytes, at: int, base: int) -> tuple[Record, int
     """A record, where its local header lies, and where the next entry begins."""
     if at + _ENTRY.size > len(data):
         raise FormatError("the zip directory ends within a record", offset=base + at)
-    fields = _ENTRY.unpack_from(data, at)
-    if fields[0] != b"PK\x01\x02":
+    mark, flags, method, crc, stored, nbytes, name_size, extra_size, comment_size, header = _ENTRY.unpack_from(data, at)
+    if mark != b"PK\x01\x02":
         raise FormatError("the zip directory is damaged", offset=base + at)
-    flags, method, crc, stored, nbytes = fields[3], fields[4], fields[7], fields[8], fields[9]
-    name_size, extra_size, comment_size, header = fields[10], fields[11], fields[12], fields[16]
     name_end = at + _ENTRY.size + name_size
     end = name_end + extra_size + comment_size
     if end > len(data):
         raise FormatError("the zip directory ends within a record", offset=base + at)
     raw = data[at + _ENTRY.size : name_end]
-    if _FULL in (nbytes, stored, header):
+    if nbytes == _FULL or stored == _FULL or header == _FULL:
         nbytes, stored, header = _zip64(data[name_end : name_end + extra_size], nbytes, stored, header, base + at)
     name = raw.decode("utf-8", "surrogateescape")
-    if flags & 0x2061 or method not in (0, 8):  # encrypted (three ways), patched
-        raise FormatError(f"record {name!r} is encrypted or compressed in an unknown way", offset=base + at)
-    if method == 0 and stored != nbytes:
-        raise FormatError(f"record {name!r} has two sizes, {stored:,} and {nbytes:,}", offset=base + at)
-    if method == 8 and nbytes > _DEFLATE * (stored + 1):
-        raise FormatError(f"record {name!r} claims more than deflate can hold", offset=base + at)
+    if flags & 0x2061 or method or stored != nbytes:
+        _refuse_method(name, flags, method, stored, nbytes, base + at)
     offset = _data_offset(source, header, name, raw)
     if offset + stored > source.size:
         raise FormatError(
             f"the file is cut short: record {name!r} needs {stored:,} bytes, the file ends at {source.size:,}",
             offset=offset,
         )
-    return Record(name, offset, nbytes, stored, crc, method == 8), header, end
+    return _RECORD((name, offset, nbytes, stored, crc, method == 8)), header, end
+
+
+def _refuse_method(name: str, flags: int, method: int, stored: int, nbytes: int, place: int) -> None:
+    """Refuse what is neither stored nor deflated, and sizes that cannot be."""
+    if flags & 0x2061 or method not in (0, 8):  # encrypted (three ways), patched
+        raise FormatError(f"record {name!r} is encrypted or compressed in an unknown way", offset=place)
+    if method == 0:
+        raise FormatError(f"record {name!r} has two sizes, {stored:,} and {nbytes:,}", offset=place)
+    if nbytes > _DEFLATE * (stored + 1):
+        raise FormatError(f"record {name!r} claims more than deflate can hold", offset=place)
 
 
 def _zip64(extra: bytes, nbytes: int, stored: int, header: int, place: int) -> tuple[int, int, int]:
@@ -175,12 +187,13 @@ def _zip64(extra: bytes, nbytes: int, stored: int, header: int, place: int) -> t
 
 def _data_offset(source: Source, header: int, name: str, raw: bytes) -> int:
     """Where the data begins. Sizes and CRC are the directory's: torch leaves them out of the local header."""
-    if header + _LOCAL.size + len(raw) > source.size:
+    nbytes = _LOCAL.size + len(raw)
+    if header + nbytes > source.size:
         raise FormatError(f"record {name!r} lies outside the file", offset=header)
-    data = source.read(header, _LOCAL.size + len(raw))
-    fields = _LOCAL.unpack_from(data)
-    if fields[0] != b"PK\x03\x04":
+    data = source.read(header, nbytes)
+    mark, name_size, extra_size = _LOCAL.unpack_from(data)
+    if mark != b"PK\x03\x04":
         raise FormatError(f"the header of record {name!r} is damaged", offset=header)
-    if fields[9] != len(raw) or data[_LOCAL.size :] != raw:
+    if name_size != len(raw) or not data.endswith(raw):
         raise FormatError(f"record {name!r} has another name in its own header", offset=header)
-    return header + _LOCAL.size + int(fields[9]) + int(fields[10])
+    return header + nbytes + int(extra_size)

@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from anycard.disk.vectors import Table
 
+_HAS_PREAD = hasattr(os, "pread")  # Windows has none
 _MOST = 0x7FFFF000  # preadv(2): Linux moves at most this many bytes a call
 
 
@@ -121,11 +122,12 @@ class FileSource(Source):
             done += moved
             left = vectors.rest_of(table, done) if done < total else left
 
-    def _read(self, offset: int, nbytes: int) -> bytes:
-        if not hasattr(os, "pread") or nbytes > _MOST:
-            return super()._read(offset, nbytes)
-        data = os.pread(self._fd, nbytes, offset + self.base)  # no second copy, as through a bytearray
-        return data if len(data) == nbytes else super()._read(offset, nbytes)
+    def read(self, offset: int, nbytes: int) -> bytes:
+        if _HAS_PREAD and offset >= 0 and 0 <= nbytes <= _MOST and offset + nbytes <= self.size:
+            data = os.pread(self._fd, nbytes, offset + self.base)  # no second copy, as through a bytearray
+            if len(data) == nbytes:
+                return data
+        return super().read(offset, nbytes)
 
     def _read_at(self, offset: int, view: memoryview) -> int:
         if hasattr(os, "preadv"):

@@ -53,7 +53,9 @@ def read_archive(archive: Archive, budget: Budget | None = None, *, nested: bool
     record = archive.record("data.pkl")
     storages = Storages(archive)
     data = index_bytes(archive, record)
-    tree, _ = read_pickle(data, persistent_load=storages.load, limits=limits, base=record.offset, budget=budget)
+    tree, _ = read_pickle(
+        data, persistent_load=storages.load, storage=storages.storage, limits=limits, base=record.offset, budget=budget
+    )
     return Index("torch zip", tree, source, mark=archive.mark(), records=archive.records)
 
 
@@ -172,14 +174,12 @@ class Storages:
         """The storage of a persistent id, its record proved to hold what is claimed."""
         if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
             raise FormatError("a persistent id that torch does not write")
-        _, kind, key, location, numel, *_ = pid
-        if not (is_storage_class(kind) and isinstance(key, str) and isinstance(location, str)):
+        kind, key, location, numel = pid[1:5]
+        if type(key) is not str or type(location) is not str or not is_storage_class(kind):
             raise FormatError("a persistent id that torch does not write")
         if type(numel) is not int or not 0 <= numel < MOST_ELEMENTS:
             raise FormatError(f"storage {short(key)} has no size that torch can hold", name=short(key))
-        storage = self._made.get(key)
-        if storage is None:
-            storage = self._made[key] = self._make(key, location)
+        storage = self.storage(key, location)
         size = DTYPES[kind.dtype].itemsize if kind.dtype else 1
         if numel * size > storage.nbytes:
             raise FormatError(
@@ -188,12 +188,16 @@ class Storages:
             )
         return kind.of(storage, numel)
 
-    def _make(self, key: str, location: str) -> Storage:
-        name = f"{self._folder}{key}{self._suffix}"
-        record = self._archive.find(name)
-        if record is None:
-            raise FormatError(f"storage {short(key)} has no record {short(name)} in the archive", name=short(key))
-        return storage_of(self._archive, record, key, location, self._big)
+    def storage(self, key: str, location: str) -> Storage:
+        """The storage of a key; the first mention of it says where it stood."""
+        storage = self._made.get(key)
+        if storage is None:
+            name = f"{self._folder}{key}{self._suffix}"
+            record = self._archive.find(name)
+            if record is None:
+                raise FormatError(f"storage {short(key)} has no record {short(name)} in the archive", name=short(key))
+            storage = self._made[key] = storage_of(self._archive, record, key, location, self._big)
+        return storage
 
 
 def storage_of(archive: Archive, record: Record, key: str, location: str, big: bool) -> Storage:
@@ -205,4 +209,4 @@ def storage_of(archive: Archive, record: Record, key: str, location: str, big: b
         held = archive.source.read(record.offset, record.nbytes)
         return Storage(key, record.nbytes, location, data=held, big_endian=big)
     source, offset = archive.source.origin(record.offset)
-    return Storage(key, record.nbytes, location, source, offset, crc=record.crc, big_endian=big)
+    return Storage(key, record.nbytes, location, source, offset, None, record.crc, big)

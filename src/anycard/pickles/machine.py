@@ -18,7 +18,7 @@ from anycard.pickles.opcodes import MARK, PUSHES, STEPS
 from anycard.pickles.shortcut import Shortcut
 from anycard.pickles.stubs import Inert
 from anycard.pickles.views import Built
-from anycard.tensors import TensorInfo
+from anycard.tensors import Storage, TensorInfo
 
 # What a damaged pickle makes Python raise on its way through the steps.
 _WRONG = (
@@ -35,6 +35,7 @@ def read_pickle(
     start: int = 0,
     base: int = 0,
     budget: Budget | None = None,
+    storage: Callable[[str, str], Storage] | None = None,
 ) -> tuple[Any, int]:
     """Interpret one pickle.
 
@@ -47,6 +48,7 @@ def read_pickle(
         start: Where in `data` the pickle begins.
         base: Byte offset of `data` in its file, for errors.
         budget: What the read may spend, where several share it.
+        storage: Gives the storage of a key and a device tag, for what `persistent_load` does more about.
 
     Returns:
         The object, and the position in `data` after STOP. What else lies on the stack then is dropped, as
@@ -55,7 +57,8 @@ def read_pickle(
     Raises:
         FormatError: Truncated, malformed, or beyond the limits; with the byte offset.
     """
-    return guarded(Machine(data, start, persistent_load, budget or Budget(limits, len(data) - start)), base)
+    machine = Machine(data, start, persistent_load, budget or Budget(limits, len(data) - start), storage)
+    return guarded(machine, base)
 
 
 def guarded(machine: Machine, base: int) -> tuple[Any, int]:
@@ -81,7 +84,14 @@ class Machine:
         pos: Where the next byte is taken.
     """
 
-    def __init__(self, data: bytes, start: int, persistent_load: Callable[[Any], Any], budget: Budget) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        start: int,
+        persistent_load: Callable[[Any], Any],
+        budget: Budget,
+        storage: Callable[[str, str], Storage] | None = None,
+    ) -> None:
         self.data = data
         self.size = len(data)
         self.pos = start
@@ -89,6 +99,7 @@ class Machine:
         self.stack: list[Any] = []
         self.memo = Memo()
         self.persistent_load: Callable[[Any], Any] = persistent_load
+        self.storage: Callable[[str, str], Storage] | None = storage
         self.budget = budget
         self.protocol = 0
         self._globals = Globals(self.budget)
@@ -139,7 +150,7 @@ class Machine:
 
     def fresh(self, start: int) -> Machine:
         """A machine of the same kind for another pickle in the same bytes."""
-        return Machine(self.data, start, self.persistent_load, self.budget)
+        return Machine(self.data, start, self.persistent_load, self.budget, self.storage)
 
     def overrun(self, size: int) -> None:
         """A frame is longer than the pickle, which C's unpickler refuses before it goes into it."""

@@ -85,7 +85,7 @@ def _bytearray(m: Machine) -> bytearray:
 
 def _text(m: Machine) -> Any:
     """A text, and the put into the memo that nearly always follows; or whole rows of a state dict."""
-    if m.shortcut is not None and m.shortcut.names_and_tensors():
+    if m.shortcut is not None and m.shortcut.rows():
         return m.stack.pop()
     text = str(m.take(m.number(4)), "utf-8", "surrogatepass")
     put = m.pos
@@ -109,6 +109,8 @@ def _empty_dict(m: Machine) -> dict[Any, Any]:
         return {}
     made = m.memo[index] = {key: number[0]}
     m.pos = found.end()
+    if m.shortcut is not None:
+        m.shortcut.version_was_read()
     return made
 
 

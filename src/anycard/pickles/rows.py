@@ -31,6 +31,7 @@ _NAME = rb"X(.)\0\0\0([ -~]{1,255})r(....)"
 _HEAD = rb"(%(get)s\(\(%(get)s{2}X.)\0\0\0([0-9]{1,20})r(....)(%(get)s%(number)sN?)tr(....)"
 _TAIL = rb"([\x88\x89]%(get)s)\)Rr(....)t(?:r(....))?Rr(....)"
 _ROW = re.compile((_NAME + _HEAD + rb"Q(%(number)s)" + _SIZES + _SIZES + _TAIL) % _PARTS, re.DOTALL)
+_VERSION_ROW = re.compile((_NAME + rb"}r(....)(%(get)s)K(.)s") % _PARTS, re.DOTALL)
 _HEAD_PARTS = re.compile(rb"(%(get)s)\(\((%(get)s{2})X(.)" % _PARTS, re.DOTALL)
 _STORAGE_PARTS = re.compile(rb"(%(get)s)(%(number)s)(N?)" % _PARTS, re.DOTALL)
 
@@ -42,6 +43,8 @@ class _Kind(NamedTuple):
         key_size: Bytes of the storage's key.
         latest: The highest place in the memo that sizes and strides are taken from, or -1.
         cls, rest: The storage's class, and what follows its key in the persistent id.
+        dtype: The name of its dtype.
+        claimed: Bytes that the storage has to have.
         start: Byte offset of element 0 in what the persistent id names.
         span: Bytes from the first element to the last.
     """
@@ -49,7 +52,9 @@ class _Kind(NamedTuple):
     key_size: int
     latest: int
     cls: type[StoredStorage]
+    dtype: str
     rest: tuple[Any, ...]
+    claimed: int
     start: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -107,7 +112,7 @@ class Rows:
     def take(self) -> int:
         """Push the names and tensors that stand here, from the X that was just met; gives how many of each."""
         m = self._machine
-        rows, ends = self._match()
+        rows, ends = self._match(_ROW)
         if not rows:
             return 0
         columns = _Columns(*zip(*rows, strict=True))
@@ -115,7 +120,7 @@ class Rows:
         begins = columns.begins(first)
         if begins[-1] >= 1 << 32 or not m.memo.is_new(range(first, begins[-1])):
             return 0
-        good = min(_agreeing(columns, begins), len(rows))
+        good = _agreeing(columns.name_size, columns.name, columns.places(), begins)
         kinds = self._kinds(columns, first)
         infos = self._tensors(columns, kinds[:good], begins)
         taken = len(infos)
@@ -128,11 +133,36 @@ class Rows:
             m.pos = ends[taken - 1]
         return taken
 
-    def _match(self) -> tuple[list[Sequence[Any]], list[int]]:
+    def take_versions(self) -> int:
+        """The same of names and `{"version": 1}`, as a state dict's metadata has them for its modules."""
+        m = self._machine
+        rows, ends = self._match(_VERSION_ROW)
+        if not rows:
+            return 0
+        name_size, name, name_place, place, key, number = zip(*rows, strict=True)
+        first = int.from_bytes(name_place[0], "little")
+        begins = range(first, first + 2 * len(rows) + 1, 2)
+        if begins[-1] >= 1 << 32 or not m.memo.is_new(range(first, begins[-1])):
+            return 0
+        known = {raw: m.memo_at(_place(raw)) for raw in set(key)}
+        if not all(type(value) is str for value in known.values()):
+            return 0
+        places = b"".join(chain.from_iterable(zip(name_place, place, strict=True)))
+        taken = _agreeing(name_size, name, places, begins)
+        made = [{known[k]: n[0]} for k, n in zip(key, number, strict=True)]
+        pairs: list[Any] = [*chain.from_iterable(zip(map(bytes.decode, name[:taken]), made, strict=False))]
+        if taken:
+            m.memo.promise(range(first, begins[taken]), lambda index: {index: pairs[index - first]})
+            m.stack.extend(pairs)
+            m.pos = ends[taken - 1]
+        return taken
+
+    def _match(self, row: re.Pattern[bytes]) -> tuple[list[Sequence[Any]], list[int]]:
+        """The groups of each row, and where it ends."""
         data, pos = self._machine.data, self._machine.pos - 1
         rows: list[Sequence[Any]] = []
         ends: list[int] = []
-        while (found := _ROW.match(data, pos)) is not None:
+        while (found := row.match(data, pos)) is not None:
             rows.append(found.groups())
             pos = found.end()
             ends.append(pos)
@@ -140,25 +170,26 @@ class Rows:
 
     def _tensors(self, columns: _Columns, kinds: Sequence[_Kind | None], begins: Sequence[int]) -> list[TensorInfo]:
         """The tensors, up to the first that is for the interpreter to read."""
-        load = self._machine.persistent_load
+        find, load = self._machine.storage, self._machine.persistent_load
         made: list[TensorInfo] = []
-        rows = zip(kinds, columns.key, begins, columns.shape_place, strict=False)
-        for kind, key, begin, shape_place in rows:
-            if kind is None or kind.key_size != len(key):
+        for kind, key, begin, shape_place in zip(kinds, columns.key, begins, columns.shape_place, strict=False):
+            if kind is None:
                 break
+            key_size, latest, cls, dtype, rest, claimed, start, shape, stride, span, grad = kind
             # Strides may be the sizes that are put right before them.
-            if kind.latest >= begin and (shape_place is None or kind.latest != begin + 3):
+            if key_size != len(key) or (latest >= begin and (shape_place is None or latest != begin + 3)):
                 break
-            _, _, cls, rest, start, shape, stride, span, grad = kind
             try:
-                stored = load(("storage", cls, key.decode(), *rest))
+                if find is not None:
+                    storage = find(key.decode(), rest[0])
+                else:
+                    stored = load(("storage", cls, key.decode(), *rest))
+                    storage, start = stored.storage, start + stored.start
             except FormatError:
                 break  # the interpreter comes to it, and says where
-            storage = stored.storage
-            start += stored.start
-            if storage is None or (span and start + span > storage.nbytes):
+            if storage is None or claimed > storage.nbytes or (span and start + span > storage.nbytes):
                 break
-            made.append(TensorInfo(str(cls.dtype), shape, storage, stride=stride, start=start, requires_grad=grad))
+            made.append(TensorInfo(dtype, shape, storage, stride=stride, start=start, requires_grad=grad))
         return made
 
     def _kinds(self, columns: _Columns, first: int) -> list[_Kind | None]:
@@ -181,20 +212,22 @@ class Rows:
         maker, kind, key_size = told.groups()
         location, numel, none = held.groups()
         known = shortcut.recognised((kind, location, tail[1:]))
-        sizes = [shortcut.sizes(spelt_out.get(_place(raw), raw)) for raw in (shape, stride)]
-        if known is None or not m.makes_tensors(_place(maker)) or None in sizes:
+        sizes, steps = (shortcut.sizes(spelt_out.get(_place(raw), raw)) for raw in (shape, stride))
+        if known is None or not m.makes_tensors(_place(maker)) or sizes is None or steps is None:
             return None
         try:
-            span = shortcut.span(*sizes)  # type: ignore[arg-type]
+            span = shortcut.span(sizes, steps)
         except FormatError:
             return None
         cls, where, itemsize = known
-        start = shortcut.number(offset) * itemsize
-        rest = (where, shortcut.number(numel), *((None,) if none else ()))
-        latest = max(_place(shape), _place(stride))
-        if start < 0:
+        first, elements = shortcut.number(offset), shortcut.number(numel)
+        if first < 0 or elements < 0:
             return None
-        return _Kind(key_size[0], latest, cls, rest, start, sizes[0], sizes[1], span * itemsize, tail[:1] == b"\x88")  # type: ignore[arg-type]
+        return _Kind(
+            key_size=key_size[0], latest=max(_place(shape), _place(stride)), cls=cls, dtype=str(cls.dtype),
+            rest=(where, elements, *((None,) if none else ())), claimed=elements * itemsize, start=first * itemsize,
+            shape=sizes, stride=steps, span=span * itemsize, grad=tail[:1] == b"\x88",
+        )  # fmt: skip
 
 
 class _Memory(NamedTuple):
@@ -227,13 +260,13 @@ class _Memory(NamedTuple):
         return dict(enumerate((value for value, places in values if places[row] is not None), self.begins[row]))
 
 
-def _agreeing(columns: _Columns, begins: Sequence[int]) -> int:
+def _agreeing(name_size: Sequence[bytes], name: Sequence[bytes], places: bytes, begins: Sequence[int]) -> int:
     """How many rows have names as long as they claim, and consecutive places in the memo."""
-    claimed, found = b"".join(columns.name_size), bytes(map(len, columns.name))
+    claimed, found = b"".join(name_size), bytes(map(len, name))
     good = len(begins) - 1
     if claimed != found:
         good = _first_difference(claimed, found)
-    places, wanted = columns.places(), struct.pack(f"<{begins[-1] - begins[0]}I", *range(begins[0], begins[-1]))
+    wanted = struct.pack(f"<{begins[-1] - begins[0]}I", *range(begins[0], begins[-1]))
     if places != wanted:
         good = min(good, bisect_right(begins, begins[0] + _first_difference(places, wanted) // 4) - 1)
     return good

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from anycard.pickles.rows import Rows
@@ -43,7 +43,7 @@ class Shortcut:
         self._shapes: dict[bytes, _Sizes] = {}
         self._spans: dict[tuple[_Sizes, _Sizes], int] = {}
         self._rows = Rows(machine, self)
-        self._more = False
+        self._more: Callable[[], int] | None = None
         self.taken = 0
 
     def tensor(self) -> TensorInfo | None:
@@ -75,15 +75,21 @@ class Shortcut:
         m.budget.spend(8)
         m.pos = found.end()
         self.taken += 1
-        self._more = True
+        self._more = self._rows.take
         return made
 
-    def names_and_tensors(self) -> bool:
-        """Push those that stand here, where the tensor before was read in one step; whether there were any."""
-        taken = self._rows.take() if self._more else 0
+    def version_was_read(self) -> None:
+        """What a state dict's metadata has for a module was just read in one step."""
+        self._more = self._rows.take_versions
+
+    def rows(self) -> bool:
+        """Push the names and values that stand here, if they are like the one before; whether there were any."""
+        if self._more is None:
+            return False
+        taken = self._more()
         self.taken += taken
-        self._more = taken > 0
-        return self._more
+        self._more = self._more if taken else None
+        return taken > 0
 
     def _put(self, puts: Sequence[bytes | None], values: Sequence[Any], sizes: Sequence[bytes | None]) -> bool:
         """Into the memo, what the interpreter would have put there on its way.

@@ -42,7 +42,9 @@ class StoredStorage(Inert):
     def of(cls, storage: Storage, numel: int, start: int = 0) -> StoredStorage:
         """The stub for a storage."""
         stub = object.__new__(cls)
-        stub.storage, stub.numel, stub.start = storage, numel, start
+        stub.storage, stub.numel = storage, numel
+        if start:
+            stub.start = start
         return stub
 
     @property
