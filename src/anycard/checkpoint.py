@@ -169,7 +169,7 @@ class Checkpoint:
         """One tensor as a `torch.Tensor` on the CPU, read now."""
         from anycard.torch.reading import read_tensor
 
-        return read_tensor(self._info(name), limits=self._limits)
+        return read_tensor(self._info(name), name, limits=self._limits)
 
     def _info(self, name: str) -> TensorInfo:
         if name in self.tensors:

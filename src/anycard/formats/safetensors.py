@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, BinaryIO
 
 from blake3 import blake3
@@ -19,11 +20,13 @@ from anycard.errors import CheckpointError, FormatError
 from anycard.formats.index import Index
 from anycard.limits import Limits
 from anycard.names.fingerprint import fingerprint, tensor_line
-from anycard.tensors import BY_SAFETENSORS, DTYPES, Storage, TensorInfo
+from anycard.tensors import BY_SAFETENSORS, DTYPES, Storage, TensorInfo, row_major
 
 FINGERPRINT = "anycard.fingerprint"
 _HEADER_MOST = 100_000_000  # the limit of the safetensors library itself
+_MOST = 1 << 62  # bytes and sizes
 _SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
+_Shape = tuple[int, ...]
 _PLACE = "blake3:" + "0" * 64
 
 
@@ -37,11 +40,7 @@ def read_index(source: Source, limits: Limits) -> Index:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("__metadata__ is not a map from text to text", offset=8)
-    tensors = {name: _tensor(name, entry, source, start, limits) for name, entry in header.items()}
-    _prove(tensors, source, start)
-    if source.origin(0)[0] is not source:
-        for info in tensors.values():
-            info.storage.settle()
+    tensors = _tensors(header, source, start, limits)
     return Index("safetensors", tensors, source, metadata, _mark(metadata))
 
 
@@ -79,7 +78,56 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON number")
 
 
-def _tensor(name: str, entry: Any, source: Source, start: int, limits: Limits) -> TensorInfo:
+def _tensors(header: dict[str, Any], source: Source, start: int, limits: Limits) -> dict[str, TensorInfo]:
+    """The tensors of a header, as views of all that follows it; proved by columns, since there may be many."""
+    try:
+        entries = [(entry["dtype"], entry["shape"], entry["data_offsets"]) for entry in header.values()]
+        codes, shapes, begins, ends = _columns(entries)
+        forms = list(zip(codes, shapes, strict=True))
+        kinds = {form: _kind(*form, limits) for form in set(forms)}
+        good = [kinds[form][2] for form in forms] == [end - begin for begin, end in zip(begins, ends, strict=True)]
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        for name, entry in header.items():
+            _refuse(name, entry, start, limits)
+        raise FormatError("the header's entries do not have what tensors need", offset=8)
+    _prove(begins, ends, list(header), source, start)
+    home, offset = source.origin(start)
+    whole = Storage("data", source.size - start, "cpu", home, offset)
+    tensors = {}
+    for name, form, begin in zip(header, forms, begins, strict=True):
+        dtype, stride, nbytes = kinds[form]
+        held = whole if nbytes else Storage(name, 0, "cpu", home, offset + begin)  # empty ones are not tied
+        tensors[name] = TensorInfo(dtype, form[1], held, stride=stride, start=begin if nbytes else 0)
+    return tensors
+
+
+def _columns(entries: Sequence[tuple[Any, Any, Any]]) -> tuple[Sequence[str], Sequence[_Shape], list[int], list[int]]:
+    """Codes, shapes, begins and ends.
+
+    Raises:
+        TypeError, ValueError: Something is not of the type that it must have, or negative.
+    """
+    codes, shapes, ranges = zip(*entries, strict=True) if entries else ((), (), ())
+    numbers = [*chain.from_iterable(shapes), *chain.from_iterable(ranges)]
+    if {*map(type, shapes), *map(type, ranges)} - {list} or {*map(type, numbers)} - {int}:
+        raise TypeError
+    if numbers and not (min(numbers) >= 0 and max(numbers) < _MOST):
+        raise ValueError
+    return codes, [tuple(shape) for shape in shapes], [begin for begin, _ in ranges], [end for _, end in ranges]
+
+
+def _kind(code: str, shape: _Shape, limits: Limits) -> tuple[str, _Shape, int]:
+    """Dtype, strides and bytes; KeyError or ValueError for what no tensor has."""
+    row = BY_SAFETENSORS[code]
+    if len(shape) > limits.rank:
+        raise ValueError
+    return row.name, row_major(shape), math.prod(shape) * row.itemsize
+
+
+def _refuse(name: str, entry: Any, start: int, limits: Limits) -> None:
+    """Say what is wrong with an entry, if it is this one."""
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
@@ -89,7 +137,7 @@ def _tensor(name: str, entry: Any, source: Source, start: int, limits: Limits) -
         why = "has less than a byte per element, which no tensor of torch has" if code in _SUB_BYTE else "is not known"
         raise FormatError(f"{name}: dtype {code!r:.40} {why}", offset=8, name=name)
     for number in [*shape, begin, end] if type(shape) is list else [None]:
-        if type(number) is not int or not 0 <= number < 1 << 62:
+        if type(number) is not int or not 0 <= number < _MOST:
             raise FormatError(f"{name}: its shape or offsets are no non-negative integers", offset=8, name=name)
     if len(shape) > limits.rank:
         raise FormatError(f"{name}: {len(shape):,} dimensions are too many", offset=8, name=name)
@@ -100,15 +148,18 @@ def _tensor(name: str, entry: Any, source: Source, start: int, limits: Limits) -
             offset=start + begin,
             name=name,
         )
-    return TensorInfo(row.name, tuple(shape), Storage(name, nbytes, "cpu", source, start + begin))
 
 
-def _prove(tensors: dict[str, TensorInfo], source: Source, start: int) -> None:
+def _prove(begins: list[int], ends: list[int], names: Sequence[str], source: Source, start: int) -> None:
+    """No overlap, no hole, and the file ends where the last tensor does."""
     at = start
-    for begin, nbytes, name in sorted((t.storage.offset or 0, t.storage.nbytes, name) for name, t in tensors.items()):
-        if begin != at:
-            raise FormatError(f"{name} overlaps its neighbour or leaves a hole", offset=begin, name=name)
-        at += nbytes
+    if begins == [0, *ends[:-1]][: len(begins)]:  # in order, as nearly all writers have them
+        at += ends[-1] if ends else 0
+    else:
+        for begin, end, name in sorted(zip(begins, ends, names, strict=True)):
+            if start + begin != at:
+                raise FormatError(f"{name} overlaps its neighbour or leaves a hole", offset=start + begin, name=name)
+            at = start + end
     if at != source.size:
         what = "is cut short" if at > source.size else "has bytes that no tensor owns"
         raise FormatError(f"the file {what}: {at:,} bytes are promised, {source.size:,} are there", offset=source.size)

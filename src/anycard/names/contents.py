@@ -68,6 +68,10 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
         arrays = holds_weights(obj)
         if all(type(child) is TensorInfo for _, child in children) and (arrays or not isinstance(obj, Mapping)):
             count.one(repeated, len(children))
+            held: dict[str, TensorInfo] = {join(path, name): child for name, child in children}  # type: ignore[misc]
+            if len(held) == len(children) and held.keys().isdisjoint(found.tensors):
+                found.tensors.update(held)
+                continue
             for name, child in children:
                 _keep(found, join(path, name), child)  # type: ignore[arg-type]
             continue
@@ -144,7 +148,7 @@ def items(mapping: object) -> Iterator[tuple[str, object]]:
 
 def _children(obj: object) -> list[tuple[str, object]]:
     if isinstance(obj, Mapping):
-        return list(items(obj))
+        return [(str(name), value) for name, value in obj.items()]
     if isinstance(obj, (list, tuple)):
         return [(str(index), value) for index, value in enumerate(obj)]
     return list(_inert_children(obj)) if isinstance(obj, Inert) else []

@@ -109,7 +109,9 @@ def _descend(obj: object, key: str, found: Found, depth: int, known: bool) -> No
 def _descend_mapping(obj: Mapping[Any, Any], key: str, found: Found, depth: int, known: bool) -> None:
     weights = holds_weights(obj)
     if weights and obj and all(type(value) is TensorInfo for value in obj.values()):
-        found.dicts.append(_from_mapping(obj, key))
+        tensors = {str(name): value for name, value in obj.items()}
+        flat = StateDict(key, tensors, metadata=_metadata(obj))
+        found.dicts.append(flat if len(tensors) == len(obj) else _from_mapping(obj, key))
         return
     direct = sum(isinstance(value, TensorInfo) and (weights or not value.is_array) for value in obj.values())
     inner = {str(name): value for name, value in obj.items() if _may_hold(str(name), value) and contents(value).tensors}

@@ -66,7 +66,7 @@ def without_segments(name: str) -> str:
 def has_no_segments(names: Iterable[str]) -> bool:
     """No wrapper's segment in any name, told by one look at all of them."""
     text = f".{'.'.join(names)}."
-    return not any(f".{row.child}." in text for row in WRAPPERS)
+    return not any(f".{child}." in text for child in {row.child for row in WRAPPERS})
 
 
 def removable(names: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:

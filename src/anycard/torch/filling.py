@@ -17,10 +17,10 @@ from anycard.limits import DEFAULT, Limits
 from anycard.progress import Progress, counting
 from anycard.tensors import TensorInfo, is_dense
 from anycard.torch.calling import call_loaders, check_extras, run_post_hooks, set_extras
-from anycard.torch.dtypes import PLAIN, is_plain
+from anycard.torch.dtypes import PLAIN, TO_TORCH, is_plain
 from anycard.torch.mapping import Mappings
 from anycard.torch.modules import walk
-from anycard.torch.reading import Fill, fill_tensors
+from anycard.torch.reading import Fill, prepare
 from anycard.torch.undo import Undo
 from anycard.torch.work import Options, Work, final_dtype
 
@@ -57,7 +57,7 @@ def fill(
         check_extras(work)
     places = _allocate(work, options)
     with counting(progress, work.plan.nbytes) as done, naming(work.plan.path):
-        fill_tensors(places.new, done, check=verify, limits=limits)
+        prepare(places.new, check=verify).run(done, limits=limits)
         try:
             call_loaders(work, undo, options.strict)
             _read_in_place(places.inplace, done, verify, undo, limits)
@@ -78,7 +78,8 @@ def _allocate(work: Work, options: Options) -> _Places:
     for target, info in work.fills:
         own = target.tensor
         if as_it_is and target.plain and mappings is None:
-            places.inplace.append(Fill(own, info, target.name))
+            alike = TO_TORCH.get(info.dtype) is target.dtype and info.shape == target.shape
+            places.inplace.append(Fill(own, info, target.name, alike))
             continue
         if mappings is not None and (mapped := _mapped(mappings, own, info, options)) is not None:
             places.old[id(own)] = (own, mapped)
@@ -127,13 +128,15 @@ def _apart(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 def _read_in_place(
     inplace: list[Fill], done: Callable[[int], None], verify: bool, undo: Undo | None, limits: Limits
 ) -> None:
+    filling = prepare(inplace, check=verify)
     if undo is not None:
-        if sum(f.tensor.nbytes for f in inplace) <= limits.undo_nbytes:
-            undo.keep_bytes(f.tensor for f in inplace)
+        straight = sum(sum(reads.nbytes) for _, reads in filling.reads)
+        if straight + sum(fill.tensor.nbytes for fill in filling.staged) <= limits.undo_nbytes:
+            undo.keep_bytes([fill.tensor for fill in filling.staged], filling.straight)
         else:
-            undo.lost = tuple(f.name for f in inplace)
+            undo.lost = tuple(fill.name for fill in inplace)
             undo.started = True
-    fill_tensors(inplace, done, check=verify, limits=limits)
+    filling.run(done, limits=limits)
 
 
 def _put(model: nn.Module, options: Options, places: _Places, undo: Undo | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -34,7 +34,7 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
         CheckpointError: `model.state_dict` was overwritten by an assignment.
     """
     seen = survey(model)
-    shapes = {target.name: target.shape for target in seen.targets if not target.own}
+    shapes = {name: target.shape for name, target in seen.targets.items()}
     candidates: Sequence[StateDict] = ckpt.state_dicts
     unions = [held for held in ckpt.found.unions if options.key is None or held.key == options.key]
     if options.key is not None and not (unions and options.key not in {held.key for held in candidates}):
@@ -51,8 +51,7 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
 
 def _planned(ckpt: Checkpoint, seen: Survey, match: Match, options: Options) -> Work:
     model = seen.walked[0][2]
-    total = sum(not target.own for target in seen.targets)
-    plan = LoadPlan(ckpt.path, type(unwrapped(model)).__name__, match.where, total=total)
+    plan = LoadPlan(ckpt.path, type(unwrapped(model)).__name__, match.where, total=len(seen.targets))
     work = Work(plan, model, match)
     _Planner(work, seen, options, ckpt).run()
     return work
@@ -68,10 +67,9 @@ class _Planner:
         self.ckpt = ckpt
         self.seen = seen
         self.walked = seen.walked
-        self.wanted = {target.name: target for target in seen.targets if not target.own}
-        self.own_state = [target for target in seen.targets if target.own]
+        self.wanted = seen.targets
         self.stored = infos(work.match)
-        self.chosen = set(self.wanted)
+        self.chosen: Collection[str] = self.wanted.keys()
         if options.only is not None:
             self.chosen = selected(self.wanted, options.only)
         self.missing: list[str] = []
@@ -99,7 +97,9 @@ class _Planner:
 
     def run(self) -> None:
         handled = self._own_loaders()
-        self._by_names([t for n, t in self.wanted.items() if n in self.chosen and n not in handled])
+        apart = handled or self.options.only is not None
+        names = [n for n in self.wanted if n in self.chosen and n not in handled] if apart else self.wanted
+        self._by_names([self.wanted[name] for name in names])
         self._wrapper_state()
         self._extra_state()
         self._ties()
@@ -171,7 +171,7 @@ class _Planner:
             top = canonical
             prefix = canonical + "." if canonical else ""
             mine = {name for name in self.wanted if name.startswith(prefix)}
-            if mine & self.chosen or self.options.only is None:
+            if self.options.only is None or not mine.isdisjoint(self.chosen):
                 self._ask(module, canonical, live, entry)
             handled |= mine
         return handled
@@ -258,7 +258,7 @@ class _Planner:
     def _wrapper_state(self) -> None:
         """A wrapper's own counters, where the file has them; `n_averaged` without one becomes 1."""
         match, marked = self.work.match, self.ckpt.mark.get("wrappers", {})
-        for target in self.own_state:
+        for target in self.seen.own:
             stored = match.wrapper_state.get(target.name)
             value = marked.get(join(match.where, target.name)) if isinstance(marked, dict) else None
             if stored is not None:

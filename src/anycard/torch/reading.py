@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -23,55 +24,72 @@ from anycard.warning import warn
 
 
 class Fill(NamedTuple):
-    """A tensor of a model, the stored tensor that goes into it, and what errors call it."""
+    """A tensor of a model, the stored tensor that goes into it, and what errors call it.
+
+    Attributes:
+        alike: The tensor is plain (see `survey.Target`), of the stored shape and dtype.
+    """
 
     tensor: torch.Tensor
     info: TensorInfo
     name: str
+    alike: bool = False
 
 
-def fill_tensors(
-    fills: Sequence[Fill], done: Callable[[int], None] | None = None, *, check: bool = True, limits: Limits = DEFAULT
-) -> None:
-    """Write stored tensors into existing ones: straight where the bytes are the same, else by a copy, one at a time.
+@dataclass
+class Filling:
+    """What filling some tensors comes to.
 
-    Args:
-        check: Compare CRCs while the bytes are warm, where a tensor is all of its storage.
-
-    Raises:
-        FormatError: Cut short or damaged; names the tensor. What was filled before stays filled.
+    Attributes:
+        straight: Tensors whose memory is to hold the very bytes that are stored.
+        reads: These bytes, by their source.
+        staged: What takes a copy, one at a time.
     """
-    straight = [fill for fill in fills if _goes_straight(fill.tensor, fill.info)]
-    _fill_directly(straight, done, check, limits)
-    if len(straight) == len(fills):
-        return
-    done_already = set(map(id, straight))
-    with torch.no_grad():
-        for fill in fills:
-            if id(fill) not in done_already:
-                tensor, info, name = fill
+
+    straight: list[torch.Tensor]
+    reads: list[tuple[Source, Reads]]
+    staged: list[Fill]
+
+    def run(self, done: Callable[[int], None] | None = None, *, limits: Limits = DEFAULT) -> None:
+        """Write the stored tensors into the model's.
+
+        Raises:
+            FormatError: Cut short or damaged; names the tensor. What was filled before stays filled.
+        """
+        try:
+            for source, reads in self.reads:
+                run_reads(source, reads, done, limits=limits)
+        finally:  # writing by address is nothing that autograd sees
+            torch.autograd.graph.increment_version([t for t in self.straight if not t.is_inference()])
+        with torch.no_grad():
+            for tensor, info, name, _ in self.staged:
                 tensor.detach().copy_(read_tensor(info, name, limits=limits).reshape(tensor.shape))
                 if done is not None:
                     done(info.nbytes)
 
 
-def _fill_directly(fills: Sequence[Fill], done: Callable[[int], None] | None, check: bool, limits: Limits) -> None:
-    try:
-        for source, group in _by_source(fills):
-            run_reads(source, _reads(group, check), done, limits=limits)
-    finally:  # writing by address is nothing that autograd sees
-        torch.autograd.graph.increment_version([fill.tensor for fill in fills if not fill.tensor.is_inference()])
+def prepare(fills: Sequence[Fill], *, check: bool = True) -> Filling:
+    """See which tensors the bytes can go straight into; their memory is not to change until they have.
 
-
-def _by_source(fills: Sequence[Fill]) -> Iterable[tuple[Source, Sequence[Fill]]]:
-    groups: dict[Source | None, list[Fill]] = {source: [] for source in {fill.info.storage.source for fill in fills}}
+    Args:
+        check: Compare CRCs while the bytes are warm, where a tensor is all of its storage.
+    """
+    groups: dict[Source, list[Fill]] = {}
+    staged = []
     for fill in fills:
-        groups[fill.info.storage.source].append(fill)
-    return ((source, group) for source, group in groups.items() if source is not None)
+        source = fill.info.storage.source
+        if source is None or not _goes_straight(fill):
+            staged.append(fill)
+        elif source in groups:
+            groups[source].append(fill)
+        else:
+            groups[source] = [fill]
+    straight = [fill.tensor for group in groups.values() for fill in group]
+    return Filling(straight, [(source, _reads(group, check)) for source, group in groups.items()], staged)
 
 
 def _reads(fills: Sequence[Fill], check: bool) -> Reads:
-    tensors, infos, names = zip(*fills, strict=True)
+    tensors, infos, names, _ = zip(*fills, strict=True)
     storages = [info.storage for info in infos]
     offsets = [info.start + storage.offset for info, storage in zip(infos, storages, strict=True)]
     nbytes = [tensor.nbytes for tensor in tensors]
@@ -82,15 +100,19 @@ def _reads(fills: Sequence[Fill], check: bool) -> Reads:
     return Reads(offsets, nbytes, [tensor.data_ptr() for tensor in tensors], names, crcs)
 
 
-def _goes_straight(tensor: torch.Tensor, info: TensorInfo) -> bool:
+def _goes_straight(fill: Fill) -> bool:
     """The tensor's memory is to hold the very bytes that are stored."""
+    tensor, info, _, alike = fill
+    if not plain_bytes(info):
+        return False
     shape, stride = info.shape, info.stride
+    if alike and is_row_major(shape, stride):
+        return True
     return (
         TO_TORCH.get(info.dtype) is tensor.dtype
         and tensor.shape == shape
         and tensor.is_cpu
         and (type(tensor) in PLAIN or type(tensor.data) is torch.Tensor)
-        and plain_bytes(info)
         and not (tensor.is_neg() or tensor.is_conj())
         and ((is_row_major(shape, stride) and tensor.is_contiguous()) or _same_order(tensor.stride(), info))
     )
@@ -120,7 +142,7 @@ def read_tensor(info: TensorInfo, name: str = "", *, limits: Limits = DEFAULT) -
     """
     tensor = empty_for(info)
     if tensor is not None:
-        _fill_directly([Fill(tensor, info, name or f"storage {info.storage.key}")], None, True, limits)
+        prepare([Fill(tensor, info, name or f"storage {info.storage.key}")]).run(limits=limits)
         return tensor
     dtype = TO_TORCH[info.dtype]
     try:
@@ -210,7 +232,7 @@ def read_all(tensors: Mapping[str, TensorInfo], path: str, progress: Progress = 
             else:
                 done(info.nbytes)
             result[name] = made[info.place]
-        fill_tensors(fills, done)
+        prepare(fills).run(done)
     return result
 
 

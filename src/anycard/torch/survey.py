@@ -31,7 +31,8 @@ class Target(NamedTuple):
         tensor: The tensor that stood there when the model was looked at.
         shape: Its sizes; (-1,) for an uninitialised one of a lazy module, which has none yet.
         dtype: Its dtype.
-        plain: It is its elements one after the other in memory of its own on the CPU, and of no class of its own.
+        plain: It is its elements one after the other in memory of its own on the CPU, and of no class of its own;
+            as they are, without a lazy sign or conjugate.
     """
 
     name: str
@@ -59,7 +60,8 @@ class Survey:
 
     Attributes:
         walked: Every module.
-        targets: Every parameter and persistent buffer; ties come under each name.
+        targets: Every parameter and persistent buffer of the model, by its name; ties come under each name.
+        own: Those that belong to its wrappers.
         self_loaders: Modules that do more on load than copy tensors by name.
         extras: Modules with an extra state.
         hidden: Canonical names of the non-persistent buffers.
@@ -67,7 +69,8 @@ class Survey:
     """
 
     walked: Walked
-    targets: list[Target] = field(default_factory=list)
+    targets: dict[str, Target] = field(default_factory=dict)
+    own: list[Target] = field(default_factory=list)
     self_loaders: list[tuple[str, str, nn.Module]] = field(default_factory=list)
     extras: list[tuple[str, str, nn.Module]] = field(default_factory=list)
     hidden: set[str] = field(default_factory=set)
@@ -106,7 +109,9 @@ def survey(model: nn.Module) -> Survey:
                     rows = passing if name in module._non_persistent_buffers_set else held
                     rows.append((prefix + name, module, name, False, name in own, buffer))
             found.hidden.update(prefix + name for name in module._non_persistent_buffers_set)
-    found.targets = _targets(held)
+    targets = _targets(held)
+    found.targets = {target.name: target for target in targets if not target.own}
+    found.own = [target for target in targets if target.own]
     found.bare = [(row[0], row[5], row[1]) for row in (*held, *passing) if row[5].is_meta]
     odd = {id(row[1]) for row in (*held, *passing) if type(row[5]) not in PLAIN}
     found.extras = [row for row in walked if habits[type(row[2])].extra_state]
@@ -124,8 +129,12 @@ def _targets(held: Sequence[_Held]) -> list[Target]:
     strided = torch.strided
     known = {*map(type, tensors)} <= PLAIN
     shapes = [tuple(t.shape) if known or not is_lazy(t) else (-1,) for t in tensors]
-    plain = [type(t) in PLAIN and t.is_cpu and t.layout is strided and t.is_contiguous() for t in tensors]
+    plain = [
+        type(t) in PLAIN and t.is_cpu and t.layout is strided and t.is_contiguous() and not t.is_neg() for t in tensors
+    ]
     dtypes = [t.dtype for t in tensors]
+    if any(dtype.is_complex for dtype in set(dtypes)):
+        plain = [known and not t.is_conj() for known, t in zip(plain, tensors, strict=True)]
     made = partial(tuple.__new__, Target)  # a third of the time of calls of the class
     return list(map(made, zip(*columns, tensors, shapes, dtypes, plain, strict=True)))
 

@@ -17,7 +17,7 @@ from anycard.torch.dtypes import is_plain
 
 
 class _Copy:
-    """The bytes of contiguous CPU tensors, one after the other: a copy of each by itself takes far longer."""
+    """The bytes of dense CPU tensors, one after the other: a copy of each by itself takes far longer."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
@@ -54,9 +54,13 @@ class Undo:
         """Remember how to take back one change that is about to be made."""
         self._steps.append(step)
 
-    def keep_bytes(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Copy the values of tensors that are about to be written."""
-        plain: list[torch.Tensor] = []
+    def keep_bytes(self, tensors: Iterable[torch.Tensor], dense: Iterable[torch.Tensor] = ()) -> None:
+        """Copy the values of tensors that are about to be written.
+
+        Args:
+            dense: More of them, of which it is known that they lie on the CPU without gaps.
+        """
+        plain = list(dense)
         kept = []
         for tensor in tensors:
             if is_plain(tensor) and tensor.is_cpu:
