@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test corpus formats fuzz types lint bench bench-quick bench-scanners clean
+.PHONY: run test corpus formats fuzz types lint bench bench-quick bench-scanners bench-undo clean
 
 run: $(READY)  ## the main job: every way of saving x every way of loading, on a real resnet152
 	$(VENV)/bin/anycard matrix torchvision.models:resnet152
@@ -39,6 +39,9 @@ bench: $(READY)  ## ratios beside other libraries and bare loops, in one run; wr
 
 bench-quick: $(READY)  ## a smaller one that ends within two minutes and writes nothing
 	cd benchmarks && $(abspath $(PY)) -m speed quick
+
+bench-undo: $(READY)  ## what keeping the way back costs a load, by size
+	cd benchmarks && $(abspath $(PY)) undo.py
 
 bench-scanners: $(READY)  ## scan beside three other scanners, each in an environment made for it
 	$(PY) tests/corpus/fetch.py
