@@ -18,7 +18,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from anycard.torch.dtypes import PLAIN
 from anycard.torch.overrides import ARITHMETIC, FILLS, METADATA, VIEWS, short_name
+
+_LOOK, _VIEW, _FILL, _CHANGE, _OTHER = range(5)  # what a function does to a tensor, see `overrides`
 
 
 class _PutOff(TorchFunctionMode):
@@ -27,25 +30,39 @@ class _PutOff(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.pending: dict[int, list[tuple[torch.Tensor, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]] = {}
+        self._ways: dict[Any, tuple[int, str]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        way, name = self._ways.get(func) or self._learn(func)
         kwargs = kwargs or {}
-        name = short_name(func)
-        if name in METADATA:
+        if way == _LOOK:
             return func(*args, **kwargs)
         if (frame := _truncating()) is not None:
             return self._truncate(frame, func, name, args, kwargs)
         if not args and "tensor" in kwargs:  # as torch.nn.init hands its own functions over
             args, kwargs = (kwargs["tensor"],), {k: v for k, v in kwargs.items() if k != "tensor"}
-        if self._can_wait(func, name, args, kwargs):
-            target = args[0]
-            self.pending.setdefault(_place(target), []).append((target.detach(), func, args[1:], kwargs))
-            return target
-        if self.pending and name not in VIEWS:
+        if way in (_FILL, _CHANGE) and (place := self._place_to_wait(way, args, kwargs)) is not None:
+            self.pending.setdefault(place, []).append((args[0].detach(), func, args[1:], kwargs))
+            return args[0]
+        if self.pending and way != _VIEW:
             self._settle((*args, *kwargs.values()))
         return func(*args, **kwargs)
+
+    def _learn(self, func: Any) -> tuple[int, str]:
+        """What a function does, and its name; a model's factory calls few functions many times."""
+        name = short_name(func)
+        in_place = name.endswith("_") and not name.endswith("__")
+        if name in METADATA:
+            way = _LOOK
+        elif in_place and (name in FILLS or getattr(func, "__module__", "") == "torch.nn.init"):
+            way = _FILL
+        elif in_place and name in ARITHMETIC:
+            way = _CHANGE
+        else:
+            way = _VIEW if name in VIEWS else _OTHER
+        return self._ways.setdefault(func, (way, name))
 
     def _truncate(self, frame: FrameType, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Within torch's `trunc_normal_`: the whole call is put off at its first draw, and its trials are passed by."""
@@ -58,17 +75,16 @@ class _PutOff(TorchFunctionMode):
             return args[0] if name.endswith("_") and not name.startswith("__") else torch.zeros((), dtype=torch.bool)
         return func(*args, **kwargs)
 
-    def _can_wait(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if not (name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], torch.Tensor)):
-            return False
-        target = args[0]
-        if target.is_meta or target.layout is not torch.strided or type(target) not in (torch.Tensor, nn.Parameter):
-            return False
-        values = (*args[1:], *kwargs.values())
-        if any(isinstance(value, (torch.Tensor, torch.Generator, list, tuple)) for value in values):
-            return False  # a generator of the model's own has to be drawn from in its turn
-        fills = name in FILLS or getattr(func, "__module__", "") == "torch.nn.init"
-        return fills or (_place(target) in self.pending and name in ARITHMETIC)
+    def _place_to_wait(self, way: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """The storage of what is to be changed, where that can be put off."""
+        target: Any = args[0] if args else None
+        if type(target) not in PLAIN or target.is_meta or target.layout is not torch.strided:
+            return None
+        for value in (*args[1:], *kwargs.values()):
+            if isinstance(value, (torch.Tensor, torch.Generator, list, tuple)):
+                return None  # a generator of the model's own has to be drawn from in its turn
+        place = int(target.untyped_storage().data_ptr())
+        return place if way == _FILL or place in self.pending else None
 
     def _settle(self, values: Iterable[Any]) -> None:
         for value in values:

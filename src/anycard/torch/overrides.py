@@ -12,7 +12,7 @@ METADATA = frozenset(
     dim size shape dtype device numel nelement is_floating_point is_complex requires_grad requires_grad_ ndim
     stride is_contiguous __len__ element_size layout is_cuda is_cpu is_meta is_sparse is_quantized grad
     grad_fn is_leaf storage_offset names __hash__ register_hook _version is_nested is_mkldnn is_xpu is_mps
-    _backward_hooks retains_grad output_nr itemsize nbytes is_signed
+    _backward_hooks retains_grad output_nr itemsize nbytes is_signed _set_grad_enabled
     """.split()
 )
 # They give a view of it, always (`reshape` and `flatten` may copy).
