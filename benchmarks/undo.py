@@ -25,7 +25,7 @@ from anycard.torch.undo import Undo
 from anycard.torch.work import Options
 
 _ROUNDS = 9
-_MIB = (1, 4, 8, 16, 32, 64, 128)
+_MIB = (1, 4, 8, 16, 24, 30, 32, 64, 128)
 
 
 def load_time(path: Path, model: nn.Module, undo_nbytes: int) -> float:

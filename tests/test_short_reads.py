@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -45,15 +44,15 @@ def other_dtype() -> Net:
 def slow_device(monkeypatch: pytest.MonkeyPatch, most: int) -> Iterator[list[int]]:
     """The system's own calls, each asked for at most so many bytes; gives how many calls were cut short."""
     cut = [0]
-    preadv, pread, pwrite = os.preadv, os.pread, os.pwrite
+    preadv, pread, pwritev = os.preadv, os.pread, os.pwritev
 
     def short_preadv(fd: int, views: Sequence[memoryview], *where: int) -> int:
         cut[0] += len(views[0]) > most
         return preadv(fd, [views[0][:most]], *where)
 
-    def short_pwrite(fd: int, data: Any, *where: int) -> int:
-        cut[0] += len(data) > most
-        return pwrite(fd, memoryview(data)[:most], *where)
+    def short_pwritev(fd: int, views: Sequence[memoryview], *where: int) -> int:
+        cut[0] += len(views[0]) > most
+        return pwritev(fd, [views[0][:most]], *where)
 
     def short_vectors(fd: int, address: int, rows: int, offset: int) -> int:
         """The C library's preadv, up to the place in which the bytes run out; every third call is interrupted."""
@@ -71,7 +70,7 @@ def slow_device(monkeypatch: pytest.MonkeyPatch, most: int) -> Iterator[list[int
     monkeypatch.setattr(vectors, "_PREADV", short_vectors)
     monkeypatch.setattr(os, "preadv", short_preadv)
     monkeypatch.setattr(os, "pread", lambda fd, nbytes, where: pread(fd, min(nbytes, most), where))
-    monkeypatch.setattr(os, "pwrite", short_pwrite)
+    monkeypatch.setattr(os, "pwritev", short_pwritev)
     yield cut
     monkeypatch.undo()
 

@@ -25,7 +25,7 @@ class Limits:
 
     chunk_nbytes: int = 8 << 20
     threads: int = 2
-    undo_nbytes: int = 16 << 20
+    undo_nbytes: int = 64 << 20
     index_nbytes: int = 1 << 30
     records: int = 4_000_000
     nodes: int = 20_000_000

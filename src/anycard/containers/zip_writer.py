@@ -26,26 +26,20 @@ _PADDING = 0x4246
 _UTF8 = 0x0800
 
 
-@dataclass
+@dataclass(slots=True)
 class _Record:
+    """A record, and where it goes; `data`: offset of its first byte of data, a multiple of 64."""
+
     name: bytes
     piece: Piece
+    size: int
     offset: int
+    data: int
     crc: int = 0
-
-    @property
-    def size(self) -> int:
-        return self.piece.nbytes
 
     @property
     def flags(self) -> int:
         return 0 if self.name.isascii() else _UTF8
-
-    @property
-    def data(self) -> int:
-        """Offset of the first byte of data, a multiple of 64."""
-        least = self.offset + _LOCAL.size + len(self.name) + len(_wide_local(self.size)) + 4
-        return least + -least % ALIGNMENT
 
 
 def write_zip(file: BinaryIO, records: Sequence[tuple[str, Piece]], limits: Limits) -> None:
@@ -55,7 +49,7 @@ def write_zip(file: BinaryIO, records: Sequence[tuple[str, Piece]], limits: Limi
         CheckpointError: A name is there twice or too long, or a piece gave other bytes than planned.
     """
     planned, directory = _plan(records)
-    entries = sum(len(_central(record)) for record in planned)
+    entries = sum(_CENTRAL.size + len(record.name) + len(_wide_central(record)) for record in planned)
     total = directory + entries + len(_end(len(planned), directory, entries))
     placed = [Placed(record.data, record.piece, record.name.decode()) for record in planned]
 
@@ -88,9 +82,11 @@ def _plan(records: Sequence[tuple[str, Piece]]) -> tuple[list[_Record], int]:
         if name in seen or len(encoded) > 0xFF00:
             raise CheckpointError(f"the record name {name[:200]!r} is there twice or too long", name=name)
         seen.add(name)
-        record = _Record(encoded, piece, at)
-        planned.append(record)
-        at = record.data + record.size
+        size = piece.nbytes
+        least = at + _LOCAL.size + len(encoded) + len(_wide_local(size)) + 4
+        data = least + -least % ALIGNMENT
+        planned.append(_Record(encoded, piece, size, at, data))
+        at = data + size
     return planned, at
 
 
@@ -110,11 +106,17 @@ def _header(record: _Record) -> bytes:
     return fixed + record.name + extra
 
 
-def _central(record: _Record) -> bytes:
+def _wide_central(record: _Record) -> bytes:
+    if record.size < _U32 and record.offset < _U32:
+        return b""
     fields = [value for value in (record.size, record.size, record.offset) if value >= _U32]
-    extra = struct.pack(f"<2H{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
+    return struct.pack(f"<2H{len(fields)}Q", 1, 8 * len(fields), *fields)
+
+
+def _central(record: _Record) -> bytes:
+    extra = _wide_central(record)
     size, offset = (0xFFFFFFFF if value >= _U32 else value for value in (record.size, record.offset))
-    version = 45 if fields else 20
+    version = 45 if extra else 20
     fixed = _CENTRAL.pack(
         b"PK\1\2", version, version, record.flags, 0, 0, 0, record.crc, size, size,
         len(record.name), len(extra), 0, 0, 0, 0, offset,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import mmap
 import os
 import sys
 import threading
@@ -19,6 +20,7 @@ from anycard.limits import Limits
 _SMALL = 32 << 10  # up to here pieces are put together, with what stands before them, for one write
 _MOST_GROUP = 1 << 20
 _EARLY = 1 << 20
+_PAGE = mmap.PAGESIZE
 
 
 class Digest(Protocol):
@@ -47,7 +49,7 @@ class _Target:
         self._lock = threading.Lock()
         self._fd: int | None = None
         with contextlib.suppress(OSError, io.UnsupportedOperation, AttributeError):
-            if hasattr(os, "pwrite"):
+            if hasattr(os, "pwritev"):
                 file.flush()
                 self._fd = file.fileno()
 
@@ -61,21 +63,26 @@ class _Target:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):
                 raise
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of it."""
+    def write(self, offset: int, *parts: bytes | memoryview) -> None:
+        """Write all of them, one after the other."""
         if self._fd is None:
             with self._lock:
                 self._file.seek(self._base + offset)
-                self._file.write(data)
+                self._file.writelines(parts)
             return
-        view, at = memoryview(data), self._base + offset
-        while view:
-            moved = os.pwrite(self._fd, view, at)
+        views, at = [memoryview(part) for part in parts if part], self._base + offset
+        while views:
+            moved = os.pwritev(self._fd, views, at)
             at += moved
-            view = view[moved:]
-        if len(data) >= _EARLY and sys.platform == "linux":
-            # Starts to write these pages back, so that fsync finds little to do.
-            os.posix_fadvise(self._fd, self._base + offset, len(data), os.POSIX_FADV_DONTNEED)
+            while views and moved >= len(views[0]):
+                moved -= len(views.pop(0))
+            if moved:
+                views[0] = views[0][moved:]
+        if at - self._base - offset >= _EARLY and sys.platform == "linux":
+            # Starts to write these pages back, so that fsync finds little to do; not those that it shares with
+            # neighbours, whose own bytes would have to wait for the disk.
+            start = -(-(self._base + offset) // _PAGE) * _PAGE
+            os.posix_fadvise(self._fd, start, at // _PAGE * _PAGE - start, os.POSIX_FADV_DONTNEED)
 
     def finish(self, end: int) -> None:
         """The file stands behind what was written."""
@@ -149,12 +156,14 @@ class _Writes(Generic[D]):
             self._write_together(group)
 
     def _write_large(self, index: int) -> None:
-        offset = self._placed[index].offset
+        offset, piece, _ = self._placed[index]
         done = 0
         for chunk in self._chunks(index):
-            self._target.write(offset + done, chunk)
+            whole = len(chunk) == piece.nbytes  # its digest is known, so that what stands before it goes along
+            head = self._before(index, self._digests[index]) if whole else b""
+            self._target.write(offset + done - len(head), head, chunk)
             done += len(chunk)
-        if head := self._before(index, self._digests[index]):
+        if not whole and (head := self._before(index, self._digests[index])):
             self._target.write(offset - len(head), head)
 
     def _write_together(self, group: range) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         def save(self, obj: Any, save_persistent_id: bool = True) -> None: ...
         def write(self, data: bytes) -> None: ...
         def get(self, i: int) -> bytes: ...
+        def put(self, idx: int) -> bytes: ...
         def memoize(self, obj: Any) -> None: ...
 
 else:
@@ -53,7 +54,7 @@ class Reduced:
     args: tuple[Any, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class TensorRef:
     """A tensor whose bytes stand in a storage record. One object met twice is one tensor when read.
 
@@ -86,7 +87,7 @@ class TorchPickler(_Pickler):
         super().__init__(file, PROTOCOL)
         self._by_value: dict[Any, Any] = {}
         self._texts: dict[str, str] = {}
-        self._gets: dict[Any, bytes] = {}
+        self._gets: dict[Any, bytes] = {(): pickle.EMPTY_TUPLE}
         self._storages: dict[tuple[str, str, str, int], tuple[Any, ...]] = {}
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
@@ -163,6 +164,8 @@ class TorchPickler(_Pickler):
             rebuild, args = "_rebuild_parameter", (data, ref.requires_grad, no_hooks)
             self.reduce(GlobalRef("torch._utils", rebuild), args, ref)
             return
+        if self._like_others(ref):
+            return
         row = DTYPES[ref.dtype]
         self._again(_REBUILD if row.storage else _REBUILD_UNTYPED)
         self.write(pickle.MARK)
@@ -178,6 +181,28 @@ class TorchPickler(_Pickler):
             self.save(GlobalRef("torch", ref.dtype))
         self.write(pickle.TUPLE + pickle.REDUCE)
         self.memoize(ref)
+
+    def _like_others(self, ref: TensorRef) -> bool:
+        """Write a tensor in one step where all but its storage has been written before; the same bytes."""
+        shared = (_REBUILD, "storage", _STORAGES.get(ref.dtype), ref.device, ref.shape, ref.stride, OrderedDict)
+        gets = [get for get in map(self._gets.get, shared) if get is not None]
+        spec = (ref.storage_key, ref.dtype, ref.device, ref.storage_numel)
+        key = ref.storage_key
+        if len(gets) < len(shared) or spec in self._storages or key in self._texts:
+            return False
+        rebuild, storage, kind, device, shape, stride, hooks = gets
+        at, put, memo = len(self.memo), self.put, self.memo
+        text = key.encode()
+        self.write(b"".join((
+            rebuild, b"((", storage, kind, b"X", len(text).to_bytes(4, "little"), text, put(at), device,
+            _number(ref.storage_numel), b"t", put(at + 1), b"Q", _number(ref.storage_offset), shape, stride,
+            pickle.NEWTRUE if ref.requires_grad else pickle.NEWFALSE, hooks, b")R", put(at + 2), b"tR", put(at + 3),
+        )))  # fmt: skip
+        self._texts[key] = key
+        self._storages[spec] = spec
+        for index, obj in enumerate((key, spec, OrderedDict(), ref), at):
+            memo[id(obj)] = index, obj
+        return True
 
     def _storage(self, ref: TensorRef) -> None:
         row = DTYPES[ref.dtype]
@@ -204,13 +229,24 @@ class TorchPickler(_Pickler):
             self.write(get)
             return
         self.save(obj)
-        if obj != ():  # which has no place there
-            self._gets[obj] = self.get(self.memo[id(self._canonical(obj))][0])
+        self._gets[obj] = self.get(self.memo[id(self._canonical(obj))][0])
 
 
 _REBUILD = GlobalRef("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_UNTYPED = GlobalRef("torch._utils", "_rebuild_tensor_v3")
 _UNTYPED = GlobalRef("torch.storage", "UntypedStorage")
+_STORAGES = {row.name: GlobalRef("torch", row.storage) for row in DTYPES.values() if row.storage}
+
+
+def _number(value: int) -> bytes:
+    """A non-negative integer, as `save` writes it."""
+    if value < 1 << 8:
+        return pickle.BININT1 + value.to_bytes(1, "little")
+    if value < 1 << 16:
+        return pickle.BININT2 + value.to_bytes(2, "little")
+    if value < 1 << 31:
+        return pickle.BININT + value.to_bytes(4, "little")
+    return pickle.LONG1 + bytes([len(encoded := pickle.encode_long(value))]) + encoded
 
 
 def _value_key(obj: Any) -> Any:

@@ -53,7 +53,7 @@ def save(obj: Any, path: Path, *, whole: bool = False, progress: Progress = None
         raise TypeError(f"whole=True saves an nn.Module, not a {type(obj).__name__}")
     if whole and kind != "torch zip":
         raise ValueError("safetensors holds tensors only: save a whole model as .pt, .pth or .pkl")
-    if isinstance(obj, nn.Module):
+    if whole:
         refuse_assigned_state_dict(obj)
     with uncollected():
         _save(obj, path, kind, whole, progress)

@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from anycard.disk.pieces import Lazy, Piece
+from anycard.disk.vectors import memory
 from anycard.errors import CheckpointError
 from anycard.pickles.writer import TensorRef
 from anycard.tensors import is_dense, row_major, span_numel
-from anycard.torch.dtypes import FROM_TORCH
+from anycard.torch.dtypes import FROM_TORCH, is_plain
 
 _GRAIN = 16  # bytes of the largest element: whatever dtype looks at a span, its elements are counted whole
 
@@ -34,14 +35,15 @@ class Storages:
         """
         refuse_kinds(tensor, name)
         parameter = isinstance(tensor, nn.Parameter)
-        place = (*identity(tensor), parameter, tensor.requires_grad)
+        where = identity(tensor)
+        place = (*where, parameter, tensor.requires_grad)
         if place not in self._known:
-            self._known[place] = self._made(tensor, parameter, bool(tensor.requires_grad and parameter))
+            self._known[place] = self._made(tensor, where, parameter, bool(tensor.requires_grad and parameter))
             self._alive.append(tensor)
         return self._known[place]
 
-    def _made(self, tensor: torch.Tensor, parameter: bool, grad: bool) -> TensorRef:
-        bare = (*identity(tensor), None, None)
+    def _made(self, tensor: torch.Tensor, where: tuple[Any, ...], parameter: bool, grad: bool) -> TensorRef:
+        bare = (*where, None, None)
         if bare not in self._known:
             shape = tuple(tensor.shape)
             stride = tuple(tensor.stride()) if _keeps_strides(tensor) else row_major(shape)
@@ -95,10 +97,10 @@ class SharedStorages(Storages):
         span.start, span.end = min(span.start, start), max(span.end, end)
         self._alive.append(tensor)
 
-    def _made(self, tensor: torch.Tensor, parameter: bool, grad: bool) -> TensorRef:
+    def _made(self, tensor: torch.Tensor, where: tuple[Any, ...], parameter: bool, grad: bool) -> TensorRef:
         span = self._spans.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
         if span is None or tensor.is_conj() or tensor.is_neg():
-            return super()._made(tensor, parameter, grad)
+            return super()._made(tensor, where, parameter, grad)
         if not span.key:
             storage, start, nbytes = tensor.untyped_storage(), span.start, span.nbytes
             span.key = self.add(Lazy(nbytes, lambda: _span_bytes(storage, start, nbytes)))
@@ -149,7 +151,7 @@ def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     place = tensor.untyped_storage().data_ptr() if tensor.numel() else id(tensor)
     return (
         place, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype,
-        str(tensor.device), tensor.is_conj(), tensor.is_neg(),
+        tensor.device, tensor.is_conj(), tensor.is_neg(),
     )  # fmt: skip
 
 
@@ -158,7 +160,9 @@ def _keeps_strides(tensor: torch.Tensor) -> bool:
 
 
 def dense_bytes(tensor: torch.Tensor, *, row_major_order: bool) -> memoryview:
-    """A tensor's bytes on the CPU: as they lie where dense, else row-major."""
+    """A tensor's bytes on the CPU: as they lie where dense, else row-major. The tensor is to be kept alive."""
+    if is_plain(tensor) and tensor.is_cpu and not (tensor.is_conj() or tensor.is_neg()):
+        return memory(tensor.data_ptr(), tensor.nbytes)
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
     if row_major_order or not _keeps_strides(tensor):
         plain = plain.contiguous()
