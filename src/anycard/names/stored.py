@@ -165,11 +165,15 @@ def _from_mapping(obj: object, key: str) -> StateDict:
 
 def _metadata(obj: object) -> dict[str, dict[str, Any]]:
     held = getattr(obj, "__dict__", {}).get("_metadata") if isinstance(obj, dict) else None
-    return {path: _plain_keys(value) for path, value in items(held) if isinstance(value, Mapping)}
+    if not isinstance(held, Mapping):
+        return {}
+    return {str(path): _plain_keys(value) for path, value in held.items() if isinstance(value, Mapping)}
 
 
 def _plain_keys(held: Mapping[Any, Any]) -> dict[str, Any]:
     """Names and plain values, as torch's modules keep their versions; anything else is left out."""
+    if type(held) is dict and len(held) == 1 and type(held.get("version")) is int:
+        return held  # as nearly all modules have it
     kept: dict[str, Any] = {}
     for name, value in held.items():
         if isinstance(value, Mapping):

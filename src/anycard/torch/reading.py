@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
+from anycard.collection import uncollected
 from anycard.disk.source import Source
 from anycard.disk.transfer import Reads, run_reads
 from anycard.errors import FormatError, naming
@@ -194,7 +195,7 @@ def read(
         FormatError: Damaged, or no checkpoint.
         ChoiceError: The file holds several state dicts (listed) and no `key` was given.
     """
-    with open_checkpoint(path, member=member) as ckpt:
+    with uncollected(), open_checkpoint(path, member=member) as ckpt:
         tensors = ckpt.weights(key, canonical=canonical)
         if canonical:
             _say_what_went(ckpt, key)
@@ -221,17 +222,18 @@ def read_all(tensors: Mapping[str, TensorInfo], path: str, progress: Progress = 
     result = {}
     with counting(progress, sum(info.nbytes for info in tensors.values())) as done, naming(path):
         for name, info in tensors.items():
-            if info.place not in made:
+            place = info.place
+            if place not in made:
                 tensor = empty_for(info)
                 if tensor is None:
                     tensor = read_tensor(info, name)
                     done(info.nbytes)
                 else:
-                    fills.append(Fill(tensor, info, name))
-                made[info.place] = tensor
+                    fills.append(Fill(tensor, info, name, alike=True))
+                made[place] = tensor
             else:
                 done(info.nbytes)
-            result[name] = made[info.place]
+            result[name] = made[place]
         prepare(fills).run(done)
     return result
 
