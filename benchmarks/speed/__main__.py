@@ -2,6 +2,9 @@
 
     cd benchmarks; python -m speed [full | quick] [--only WORDS] [--rounds N] [--docs FOLDER] [--no-peers]
 
+With --docs, contests that the files there hold from earlier and that are not held now stay as they are, so that
+a full run may be held in parts: a table is one run, and says of which day.
+
 Linux only: the page cache is asked by mincore(2), memory and calls by /proc. Files go to the temporary folder
 ($TMPDIR), up to 11 GB at a time for the full run, and are deleted again.
 """
@@ -25,6 +28,7 @@ from speed.contests import PROFILES
 from speed.machine import has_gpu, machine
 from speed.plot import as_svg
 from speed.report import as_data, render
+from speed.results import Outcome, Results
 from speed.running import Peers, Runner, install_peers
 
 _WIDTH = 124
@@ -54,17 +58,30 @@ def main() -> int:
             tell("looking for a GPU")
             gpu = any(contest.gpu for contest in contests) and has_gpu()
             results = Runner(profile, Path(folder), peers, tell, gpu).run(contests)
-    title = f"anycard's benchmarks, {profile.name}, {time.monotonic() - begun:.0f} s in all"
-    if arguments.only:
-        title += f", only {' and '.join(arguments.only)}"
-    shown = render(results, contests, facts, title)
+    days = dict.fromkeys(results, time.strftime("%Y-%m-%d", time.gmtime()))
+    if arguments.docs is not None:
+        results, days = _with_earlier(arguments.docs / "bench.json", results, days)
+    contests = [contest for contest in profile.contests if contest.name in results]
+    title = f"anycard's benchmarks, {profile.name}; each table is one run"
+    shown = render(results, contests, facts, title, days)
     Console(width=_WIDTH).print(shown)
     if arguments.docs is not None:
-        _write(arguments.docs / "bench.json", json.dumps(as_data(results, contests, facts, title), indent=1) + "\n")
+        data = as_data(results, contests, facts, title, days)
+        _write(arguments.docs / "bench.json", json.dumps(data, separators=(",", ":")) + "\n")
         _write(arguments.docs / "bench.svg", as_svg(results, contests, title))
         with (arguments.docs / "bench.txt").open("w", encoding="utf-8") as file:
             Console(width=_WIDTH, file=file).print(shown)
     return 0
+
+
+def _with_earlier(path: Path, results: Results, days: dict[str, str]) -> tuple[Results, dict[str, str]]:
+    """The contests that were held before and not now, beside those of now: a full run may be held in parts."""
+    if not path.exists():
+        return results, days
+    held = json.loads(path.read_text(encoding="utf-8"))["contests"]
+    earlier = [contest for contest in held if contest["name"] not in results]
+    old = {c["name"]: {one["label"]: Outcome.of(c["name"], one) for one in c["contestants"]} for c in earlier}
+    return {**old, **results}, {**{c["name"]: c["day"] for c in earlier}, **days}
 
 
 def _arguments() -> argparse.Namespace:

@@ -25,23 +25,25 @@ _HOW = (
 )
 
 
-def render(results: Results, contests: list[Contest], machine: Mapping[str, str], title: str) -> Group:
+def render(
+    results: Results, contests: list[Contest], machine: Mapping[str, str], title: str, days: Mapping[str, str]
+) -> Group:
     """Everything, the goals last."""
     facts = Text(", ".join(f"{key}: {value}" for key, value in machine.items()))
-    parts = [part for contest in contests for part in _contest_parts(contest, results[contest.name])]
+    parts = [part for contest in contests for part in _contest_parts(contest, results[contest.name], days)]
     return Group(Text(title, style="bold"), facts, Text(_HOW, style="dim"), *parts, _goal_table(judged(results)))
 
 
-def _contest_parts(contest: Contest, outcomes: Mapping[str, Outcome]) -> list[Table | Text]:
+def _contest_parts(contest: Contest, outcomes: Mapping[str, Outcome], days: Mapping[str, str]) -> list[Table | Text]:
     """The table, and why somebody was not run."""
     failed = [outcome for outcome in outcomes.values() if outcome.failure]
     reasons = [Text(f"{outcome.label}: {outcome.failure}", style="red") for outcome in failed]
-    return [Text(""), _contest_table(contest, outcomes), *reasons]
+    return [Text(""), _contest_table(contest, outcomes, days[contest.name]), *reasons]
 
 
-def _contest_table(contest: Contest, outcomes: Mapping[str, Outcome]) -> Table:
+def _contest_table(contest: Contest, outcomes: Mapping[str, Outcome], day: str) -> Table:
     rounds = max((len(outcome.runs) for outcome in outcomes.values()), default=0)
-    title = f"{contest.name} ({contest.cache}; {rounds} round{'' if rounds == 1 else 's'})"
+    title = f"{contest.name} ({contest.cache}; {rounds} round{'' if rounds == 1 else 's'}; {day})"
     table = Table(title=title, title_justify="left", box=HORIZONTALS, pad_edge=False)
     table.add_column("way", min_width=36)
     for column in ("median ms", "min to max", "x floor", "extra MiB", "read", "calls/MiB"):
@@ -92,8 +94,10 @@ def _verdict(one: Judged) -> Text:
     return Text(*words[one.met])
 
 
-def as_data(results: Results, contests: list[Contest], machine: Mapping[str, str], title: str) -> dict[str, Any]:
-    """For programs."""
+def as_data(
+    results: Results, contests: list[Contest], machine: Mapping[str, str], title: str, days: Mapping[str, str]
+) -> dict[str, Any]:
+    """For programs; `days`: contest -> when it was held."""
     return {
         "title": title,
         "machine": dict(machine),
@@ -101,6 +105,7 @@ def as_data(results: Results, contests: list[Contest], machine: Mapping[str, str
             {
                 "name": contest.name,
                 "cache": contest.cache,
+                "day": days[contest.name],
                 "contestants": [outcome.as_data() for outcome in results[contest.name].values()],
             }
             for contest in contests

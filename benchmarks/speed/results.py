@@ -79,7 +79,16 @@ class Outcome:
             "cached": [run["cached"] for run in self.runs],
             "rounds": len(self.runs),
             "failure": self.failure,
+            "nbytes": self.nbytes,
+            "new_nbytes": self.new_nbytes,
+            "runs": self.runs,
         }
+
+    @classmethod
+    def of(cls, contest: str, data: Mapping[str, Any]) -> Outcome:
+        """What `as_data` gave."""
+        kept = {name: data[name] for name in ("nbytes", "new_nbytes", "runs") if name in data}
+        return cls(contest, data["label"], data["role"], failure=data["failure"], **kept)
 
 
 Results = Mapping[str, Mapping[str, Outcome]]
