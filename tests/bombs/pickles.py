@@ -4,7 +4,24 @@ from __future__ import annotations
 
 import struct
 
-from bombs.making import DAG, DEEP, NUMBERS, PAIRS, builtin, ints, num, pid, refused, repeated, tensor, text, torch_zip
+from bombs.making import (
+    DAG,
+    DEEP,
+    FLOATS,
+    NUMBERS,
+    PAIRS,
+    REBUILD,
+    builtin,
+    ints,
+    num,
+    pid,
+    read,
+    refused,
+    repeated,
+    tensor,
+    text,
+    torch_zip,
+)  # fmt: skip
 
 
 @refused
@@ -300,3 +317,21 @@ def too_many_dimensions() -> bytes:
 @refused
 def storage_larger_than_its_record() -> bytes:
     return torch_zip(tensor(ints(1 << 50), ints(1), storage=pid(numel=num(1 << 50))) + b".")
+
+
+@read
+def rows_of_which_each_puts_elsewhere() -> bytes:
+    """A state dict as torch writes it, but for the places in the memo: what is read ahead is of no use."""
+    head = (
+        b"\x80\x02}q\x00(" + text("first") + b"q\x01" + REBUILD + b"q\x02((" + text("storage") + b"q\x03" + FLOATS
+        + b"q\x04" + text("0") + b"q\x05" + text("cpu") + b"q\x06K\x01tq\x07QK\x00K\x01\x85q\x08K\x01\x85q\x09\x89"
+        + b"ccollections\nOrderedDict\nq\x0a)Rq\x0btq\x0cRq\x0d"
+    )  # fmt: skip
+    rows = []
+    for number in range(8_000):
+        p = [b"r" + struct.pack("<I", 300 + 100 * number + place) for place in range(8)]
+        rows.append(
+            text(f"row{number}") + p[0] + b"h\x02((h\x03h\x04" + text("0") + p[1] + b"h\x06K\x01t" + p[2]
+            + b"QK\x00K\x01\x85" + p[3] + b"K\x01\x85" + p[4] + b"\x89h\x0a)R" + p[5] + b"t" + p[6] + b"R" + p[7]
+        )  # fmt: skip
+    return torch_zip(head + b"".join(rows) + b"u.")

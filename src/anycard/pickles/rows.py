@@ -36,6 +36,9 @@ _HEAD_PARTS = re.compile(rb"(%(get)s)\(\((%(get)s{2})X(.)" % _PARTS, re.DOTALL)
 _STORAGE_PARTS = re.compile(rb"(%(get)s)(%(number)s)(N?)" % _PARTS, re.DOTALL)
 
 
+_FEW = 16
+
+
 class _Kind(NamedTuple):
     """What is said in a row's form: in all of it but its texts and its places in the memo.
 
@@ -108,6 +111,7 @@ class Rows:
     def __init__(self, machine: Machine, shortcut: Shortcut) -> None:
         self._machine = machine
         self._shortcut = shortcut
+        self._most = _FEW
 
     def take(self) -> int:
         """Push the names and tensors that stand here, from the X that was just met; gives how many of each."""
@@ -126,11 +130,13 @@ class Rows:
         taken = len(infos)
         if taken:
             names = [name.decode() for name in columns.name[:taken]]
-            held = _Memory(m, names, columns.key, kinds, infos, begins, columns)
+            kept = _Columns(*zip(*rows[:taken], strict=True))
+            held = _Memory(m, names, kinds[:taken], infos, begins, kept)
             m.memo.promise(range(first, begins[taken]), held.made)
             m.stack.extend(chain.from_iterable(zip(names, infos, strict=True)))
             m.budget.spend(8 * taken)
             m.pos = ends[taken - 1]
+        self._most = max(_FEW, 2 * taken)
         return taken
 
     def take_versions(self) -> int:
@@ -155,14 +161,15 @@ class Rows:
             m.memo.promise(range(first, begins[taken]), lambda index: {index: pairs[index - first]})
             m.stack.extend(pairs)
             m.pos = ends[taken - 1]
+        self._most = max(_FEW, 2 * taken)
         return taken
 
     def _match(self, row: re.Pattern[bytes]) -> tuple[list[Sequence[Any]], list[int]]:
-        """The groups of each row, and where it ends."""
+        """The groups of each row, and where it ends; not many more than were of use the last time."""
         data, pos = self._machine.data, self._machine.pos - 1
         rows: list[Sequence[Any]] = []
         ends: list[int] = []
-        while (found := row.match(data, pos)) is not None:
+        while len(rows) < self._most and (found := row.match(data, pos)) is not None:
             rows.append(found.groups())
             pos = found.end()
             ends.append(pos)
@@ -235,7 +242,6 @@ class _Memory(NamedTuple):
 
     machine: Machine
     names: Sequence[str]
-    keys: Sequence[bytes]
     kinds: Sequence[_Kind | None]
     infos: Sequence[TensorInfo]
     begins: Sequence[int]
@@ -246,7 +252,7 @@ class _Memory(NamedTuple):
         row = bisect_right(self.begins, index) - 1
         kind = self.kinds[row]
         assert kind is not None
-        pid = ("storage", kind.cls, self.keys[row].decode(), *kind.rest)
+        pid = ("storage", kind.cls, self.columns.key[row].decode(), *kind.rest)
         stored, info = self.machine.persistent_load(pid), self.infos[row]
         hooks: OrderedDict[Any, Any] = OrderedDict()
         first = (info.start - stored.start) // max(1, info.itemsize)
