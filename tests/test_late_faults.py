@@ -67,3 +67,18 @@ def test_verify_finds_damage_before_an_existing_model_is_touched(tmp_path, suffi
     if suffix == ".pth":
         with pytest.raises(anycard.FormatError, match=r"head\.weight"):
             anycard.load(path, Small)
+
+
+def test_a_hook_that_gives_other_memory_and_raises(tmp_path):
+    """A post-hook halves a parameter before it raises: its old values come back, in memory of their own size."""
+    anycard.save(filled(Small()), tmp_path / "a.pth")
+    model = filled(Small(), 5)
+
+    def hook(module: nn.Module, keys: Any) -> None:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.half()
+        raise ZeroDivisionError
+
+    model.register_load_state_dict_post_hook(hook)
+    with unchanged(model), pytest.raises(ZeroDivisionError):
+        anycard.load(tmp_path / "a.pth", model)

@@ -170,3 +170,54 @@ def test_a_counter_that_a_new_file_lacks_is_missing(tmp_path):
     torch.save(state, tmp_path / "a.pth")
     model = filled(nn.Sequential(nn.BatchNorm1d(3)), 5)
     refused(lambda: anycard.load(tmp_path / "a.pth", model), model, "num_batches_tracked")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_tensor_whose_memory_was_freed_is_refused(tmp_path, suffix):
+    """As FSDP frees parameters: there is nothing to save, and nothing is read from where it was."""
+    for left in (0, 16):
+        gone = torch.ones(10)
+        gone.untyped_storage().resize_(left)
+        with pytest.raises(anycard.CheckpointError, match="w has no memory"):
+            anycard.save({"w": gone}, tmp_path / f"a{suffix}")
+    with pytest.raises(anycard.CheckpointError, match="w has no memory"):
+        anycard.save({"w": torch._efficientzerotensor(3)}, tmp_path / f"a{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+class _Computes(nn.Module):
+    """Doubles what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state[prefix + "weight"] = state[prefix + "weight"] * 2
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+class _WithMore(nn.DataParallel):
+    """A wrapper that holds a module of its own beside the one that it wraps."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.extra = nn.Linear(2, 2)
+
+
+def test_what_stands_beside_a_module_that_computes_is_loaded_too(tmp_path):
+    """The wrapped module's canonical name is that of the whole: what a wrapper holds besides is not its own."""
+    source = filled(_WithMore(_Computes()))
+    anycard.save(source, tmp_path / "a.pth")
+    model = filled(_WithMore(_Computes()), 5)
+    anycard.load(tmp_path / "a.pth", model)
+    assert_same_bits(model.extra.weight, source.extra.weight)
+    assert_same_bits(model.module.weight, source.module.weight * 2)
+
+
+def test_a_sparse_buffer_can_be_planned(tmp_path):
+    """torch gives no `nbytes` for it."""
+    model = nn.Module()
+    model.register_buffer("mask", torch.eye(3).to_sparse())
+    torch.save({"mask": torch.eye(3)}, tmp_path / "a.pth")
+    assert anycard.plan(tmp_path / "a.pth", model).total == 1

@@ -319,19 +319,64 @@ def storage_larger_than_its_record() -> bytes:
     return torch_zip(tensor(ints(1 << 50), ints(1), storage=pid(numel=num(1 << 50))) + b".")
 
 
+def _row(number: int, first: int, sizes: bytes = b"K\x01\x85") -> bytes:
+    """A name and a tensor as torch writes them, their places in the memo from `first` on."""
+    p = [b"r" + struct.pack("<I", first + place) for place in range(8)]
+    return (
+        text(f"row{number}") + p[0] + b"h\x02((h\x03h\x04" + text("0") + p[1] + b"h\x06K\x01t" + p[2] + b"QK\x00"
+        + sizes + p[3] + b"K\x01\x85" + p[4] + b"\x89h\x0a)R" + p[5] + b"t" + p[6] + b"R" + p[7]
+    )  # fmt: skip
+
+
+_FIRST_ROW = (
+    b"\x80\x02}q\x00(" + text("first") + b"q\x01" + REBUILD + b"q\x02((" + text("storage") + b"q\x03" + FLOATS
+    + b"q\x04" + text("0") + b"q\x05" + text("cpu") + b"q\x06K\x01tq\x07QK\x00K\x01\x85q\x08K\x01\x85q\x09\x89"
+    + b"ccollections\nOrderedDict\nq\x0a)Rq\x0btq\x0cRq\x0d"
+)  # fmt: skip
+
+
 @read
 def rows_of_which_each_puts_elsewhere() -> bytes:
     """A state dict as torch writes it, but for the places in the memo: what is read ahead is of no use."""
-    head = (
-        b"\x80\x02}q\x00(" + text("first") + b"q\x01" + REBUILD + b"q\x02((" + text("storage") + b"q\x03" + FLOATS
-        + b"q\x04" + text("0") + b"q\x05" + text("cpu") + b"q\x06K\x01tq\x07QK\x00K\x01\x85q\x08K\x01\x85q\x09\x89"
-        + b"ccollections\nOrderedDict\nq\x0a)Rq\x0btq\x0cRq\x0d"
-    )  # fmt: skip
+    return torch_zip(_FIRST_ROW + b"".join(_row(number, 300 + 100 * number) for number in range(8_000)) + b"u.")
+
+
+@read
+def rows_that_put_where_rows_have_put() -> bytes:
+    """Many good rows, and then as many that all use the same old places."""
+    good = b"".join(_row(number, 300 + 8 * number) for number in range(6_000))
+    return torch_zip(_FIRST_ROW + good + b"".join(_row(6_000 + number, 300) for number in range(6_000)) + b"u.")
+
+
+@read
+def versions_that_put_where_versions_have_put() -> bytes:
+    """The same of `{"version": 1}`."""
     rows = []
-    for number in range(8_000):
-        p = [b"r" + struct.pack("<I", 300 + 100 * number + place) for place in range(8)]
+    for number in range(20_000):
+        first = 300 + 2 * min(number, 10_000)
+        puts = [b"r" + struct.pack("<I", first + place) for place in range(2)]
+        rows.append(text(f"row{number}") + puts[0] + b"}" + puts[1] + b"h\x01K\x01s")
+    return torch_zip(b"\x80\x02}q\x00(" + text("version") + b"q\x01N" + b"".join(rows) + b"u.")
+
+
+@read
+def counting_the_memo() -> bytes:
+    """Many places that rows promise, and then their number asked for again and again."""
+    rows = b"".join(_row(number, 14 + 8 * number) for number in range(6_000))
+    return torch_zip(_FIRST_ROW + rows + b"N\x940" * 100_000 + b"u.")
+
+
+@refused
+def long_tuple_as_sizes_over_and_over() -> bytes:
+    """Sizes out of the memo that no tensor has, in rows that differ in their offset."""
+    rows = []
+    for number in range(3_000):
+        p = [b"r" + struct.pack("<I", 300 + 7 * number + place) for place in range(7)]
         rows.append(
             text(f"row{number}") + p[0] + b"h\x02((h\x03h\x04" + text("0") + p[1] + b"h\x06K\x01t" + p[2]
-            + b"QK\x00K\x01\x85" + p[3] + b"K\x01\x85" + p[4] + b"\x89h\x0a)R" + p[5] + b"t" + p[6] + b"R" + p[7]
+            + b"QM" + struct.pack("<H", number) + b"h\x20K\x01\x85" + p[3] + b"\x89h\x0a)R" + p[4] + b"t" + p[5]
+            + b"R" + p[6]
         )  # fmt: skip
-    return torch_zip(head + b"".join(rows) + b"u.")
+    long = b"(" + b"K\x00" * 300_000 + b"tq\x200"
+    good = b"".join(_row(number, 30_000 + 8 * number) for number in range(3_000))
+    return torch_zip(_FIRST_ROW + text("long") + long[:-1] + good + b"".join(rows) + b"u.")

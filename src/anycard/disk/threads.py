@@ -33,6 +33,15 @@ def in_threads(items: Sequence[T], work: Callable[[T], None], threads: int) -> N
         run()
     finally:
         for helper in helpers:
-            helper.join()
+            _join(helper, errors)
     if errors:
         raise errors[0]
+
+
+def _join(helper: threading.Thread, errors: list[BaseException]) -> None:
+    """Wait for a helper's end, whatever comes meanwhile: it writes into memory that is the caller's."""
+    while helper.is_alive():
+        try:
+            helper.join()
+        except BaseException as error:  # noqa: BLE001 - an interrupt; raised by the caller, once all have ended
+            errors.append(error)

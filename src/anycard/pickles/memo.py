@@ -41,4 +41,6 @@ class Memo(dict[int, Any]):
         for first, (end, _) in zip(self._firsts, self._promises, strict=True):
             for index in range(first, end):
                 self[index]
+        self._firsts.clear()
+        self._promises.clear()
         return len(self)

@@ -36,7 +36,7 @@ _HEAD_PARTS = re.compile(rb"(%(get)s)\(\((%(get)s{2})X(.)" % _PARTS, re.DOTALL)
 _STORAGE_PARTS = re.compile(rb"(%(get)s)(%(number)s)(N?)" % _PARTS, re.DOTALL)
 
 
-_FEW = 16
+_FEW = 4
 
 
 class _Kind(NamedTuple):
@@ -106,12 +106,13 @@ class _Columns(NamedTuple):
 
 
 class Rows:
-    """The rows that one machine comes to."""
+    """The rows that one machine comes to; `vain`: how often they were of no use, since they last were."""
 
     def __init__(self, machine: Machine, shortcut: Shortcut) -> None:
         self._machine = machine
         self._shortcut = shortcut
         self._most = _FEW
+        self.vain = 0
 
     def take(self) -> int:
         """Push the names and tensors that stand here, from the X that was just met; gives how many of each."""
@@ -125,18 +126,22 @@ class Rows:
         if begins[-1] >= 1 << 32 or not m.memo.is_new(range(first, begins[-1])):
             return 0
         good = _agreeing(columns.name_size, columns.name, columns.places(), begins)
+        if good < len(rows):  # what stands behind is not to be looked at: it may claim the same places
+            if not good:
+                return 0
+            columns = _Columns(*zip(*rows[:good], strict=True))
         kinds = self._kinds(columns, first)
-        infos = self._tensors(columns, kinds[:good], begins)
+        infos = self._tensors(columns, kinds, begins)
         taken = len(infos)
         if taken:
             names = [name.decode() for name in columns.name[:taken]]
-            kept = _Columns(*zip(*rows[:taken], strict=True))
+            kept = columns if taken == len(rows) else _Columns(*zip(*rows[:taken], strict=True))
             held = _Memory(m, names, kinds[:taken], infos, begins, kept)
             m.memo.promise(range(first, begins[taken]), held.made)
             m.stack.extend(chain.from_iterable(zip(names, infos, strict=True)))
             m.budget.spend(8 * taken)
             m.pos = ends[taken - 1]
-        self._most = max(_FEW, 2 * taken)
+        self._took(taken)
         return taken
 
     def take_versions(self) -> int:
@@ -161,18 +166,25 @@ class Rows:
             m.memo.promise(range(first, begins[taken]), lambda index: {index: pairs[index - first]})
             m.stack.extend(pairs)
             m.pos = ends[taken - 1]
-        self._most = max(_FEW, 2 * taken)
+        self._took(taken)
         return taken
+
+    def _took(self, taken: int) -> None:
+        if taken:
+            self.vain = 0
+        self._most = max(_FEW, 2 * taken)
 
     def _match(self, row: re.Pattern[bytes]) -> tuple[list[Sequence[Any]], list[int]]:
         """The groups of each row, and where it ends; not many more than were of use the last time."""
         data, pos = self._machine.data, self._machine.pos - 1
         rows: list[Sequence[Any]] = []
         ends: list[int] = []
-        while len(rows) < self._most and (found := row.match(data, pos)) is not None:
+        most, self._most = self._most, _FEW
+        while len(rows) < most and (found := row.match(data, pos)) is not None:
             rows.append(found.groups())
             pos = found.end()
             ends.append(pos)
+        self.vain += bool(rows)
         return rows, ends
 
     def _tensors(self, columns: _Columns, kinds: Sequence[_Kind | None], begins: Sequence[int]) -> list[TensorInfo]:

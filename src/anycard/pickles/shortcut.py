@@ -14,7 +14,7 @@ from typing import Any
 
 from anycard.pickles.rows import Rows
 from anycard.pickles.stubs import Inert
-from anycard.pickles.views import StoredStorage, ints, is_storage_class, sized
+from anycard.pickles.views import INTEGERS, StoredStorage, ints, is_storage_class, sized
 from anycard.tensors import DTYPES, TensorInfo, span_numel
 
 TYPE_CHECKING = False
@@ -30,11 +30,12 @@ _REST = rb"(%(number)s)" + _SIZES + _SIZES + rb"([\x88\x89])(%(get)s)\)R%(put)st
 # The arguments of `_rebuild_tensor_v2`, and the call.
 _TENSOR = re.compile((rb"\(" + _STORAGE + _REST) % _PARTS, re.DOTALL)
 _TOKEN = re.compile(rb"[Kh].|M..|[Jj]....", re.DOTALL)
+_VAIN = 8  # so often, without a use between, rows are read ahead
 _Sizes = tuple[int, ...]
 
 
 class Shortcut:
-    """The shortcut for one machine."""
+    """The shortcut for one machine; `taken`: tensors and versions that it has read, `in_rows`: of these, in rows."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -45,6 +46,7 @@ class Shortcut:
         self._rows = Rows(machine, self)
         self._more: Callable[[], int] | None = None
         self.taken = 0
+        self.in_rows = 0
 
     def tensor(self) -> TensorInfo | None:
         """The tensor whose arguments stand here; None, and nothing done, where that is for the interpreter to read."""
@@ -55,8 +57,10 @@ class Shortcut:
         kind, size, key, put_key, place, numel, none, put_pid, offset, *sizes = found.groups()
         *sizes, grad, hooks, put_hooks, put_args, put = sizes
         known = self._known.get((kind, place, hooks)) or self.recognised((kind, place, hooks))
+        if known is None or size[0] != len(key):
+            return None
         shaped = self._shaped(*sizes)
-        if known is None or shaped is None or size[0] != len(key):
+        if shaped is None:
             return None
         (cls, location, itemsize), (shape, stride, span) = known, shaped
         name, first = key.decode(), self.number(offset)
@@ -75,7 +79,7 @@ class Shortcut:
         m.budget.spend(8)
         m.pos = found.end()
         self.taken += 1
-        self._more = self._rows.take
+        self._more = self._rows.take if self._rows.vain < _VAIN else None
         return made
 
     def version_was_read(self) -> None:
@@ -88,6 +92,7 @@ class Shortcut:
             return False
         taken = self._more()
         self.taken += taken
+        self.in_rows += taken
         self._more = self._more if taken else None
         return taken > 0
 
@@ -130,7 +135,9 @@ class Shortcut:
         """Numbers; None where the memo has no tuple in that place, for lists may change."""
         if raw[:1] in (b"h", b"j"):
             value = self._machine.memo_at(_index(raw))
-            return value if type(value) is tuple and all(type(size) is int for size in value) else None
+            # A long one costs its length each time that it is asked for.
+            fits = type(value) is tuple and len(value) <= self._machine.budget.limits.rank
+            return value if fits and all(type(size) is int for size in value) else None
         found = self._shapes.get(raw)
         if found is None:
             tokens = _TOKEN.findall(raw, raw[:1] == b"(", len(raw) - 1)
@@ -151,7 +158,7 @@ class Shortcut:
         tag, cls, location, hooks = (m.memo_at(index) for index in indices)
         if not (isinstance(hooks, type) and issubclass(hooks, Inert) and isinstance(location, str)):
             return None
-        if tag != "storage" or not is_storage_class(cls) or cls.dtype is None:
+        if tag != "storage" or not is_storage_class(cls) or cls.dtype is None or cls.dtype in INTEGERS:
             return None
         if (hooks.module, hooks.name) != ("collections", "OrderedDict"):
             return None

@@ -117,7 +117,7 @@ class _Planner:
                 info = stored.get(name)
                 if info is not None and info.shape == target.shape and TO_TORCH.get(info.dtype) is target.dtype:
                     fills.append((target, info))
-                    nbytes += tensor.nbytes
+                    nbytes += tensor.nbytes if target.plain else info.nbytes
                 else:
                     rest.append(target)
             self.used.update(target.name for target, _ in fills)
@@ -170,7 +170,8 @@ class _Planner:
             entry = own_entry and module is root
             top = canonical
             prefix = canonical + "." if canonical else ""
-            mine = {name for name in self.wanted if name.startswith(prefix)}
+            inner = set(map(id, module.modules()))
+            mine = {n for n, t in self.wanted.items() if n.startswith(prefix) and id(t.module) in inner}
             if self.options.only is None or not mine.isdisjoint(self.chosen):
                 self._ask(module, canonical, live, entry)
             handled |= mine

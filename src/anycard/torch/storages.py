@@ -14,7 +14,7 @@ from anycard.disk.vectors import memory
 from anycard.errors import CheckpointError
 from anycard.pickles.writer import TensorRef
 from anycard.tensors import is_dense, row_major, span_numel
-from anycard.torch.dtypes import FROM_TORCH, is_plain
+from anycard.torch.dtypes import FROM_TORCH, PLAIN, is_plain
 
 _GRAIN = 16  # bytes of the largest element: whatever dtype looks at a span, its elements are counted whole
 
@@ -133,6 +133,8 @@ def refuse_kinds(tensor: torch.Tensor, name: str) -> None:
     if not _has_memory(tensor):
         kind = type(tensor).__name__
         message = f"{name} is a {kind}, a tensor subclass without memory of its own: save the tensors that it keeps"
+        if type(tensor) in PLAIN:
+            message = f"{name} has no memory for its {tensor.numel():,} elements: it was freed (by FSDP, or resize_)"
         raise CheckpointError(message, name=name)
     if tensor.dtype not in FROM_TORCH:
         raise CheckpointError(f"{name}: {tensor.dtype} cannot be written", name=name)
@@ -140,10 +142,13 @@ def refuse_kinds(tensor: torch.Tensor, name: str) -> None:
 
 def _has_memory(tensor: torch.Tensor) -> bool:
     try:
-        tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()
+        if not tensor.numel():
+            return True
+        end = int(tensor.storage_offset()) + span_numel(tuple(tensor.shape), tuple(tensor.stride()))
+        return storage.data_ptr() != 0 and end * tensor.element_size() <= storage.nbytes()
     except (RuntimeError, NotImplementedError):
         return False
-    return True
 
 
 def identity(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -24,17 +24,20 @@ class _Copy:
         self._sizes = [tensor.nbytes for tensor in tensors]
         self._memory = torch.empty(sum(self._sizes), dtype=torch.uint8, device="cpu")
         self._places = list(itertools.accumulate(self._sizes, initial=self._memory.data_ptr()))[:-1]
-        self._move(self._places, self._addresses())
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._forms = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+        collections.deque(map(ctypes.memmove, self._places, self._addresses, self._sizes), maxlen=0)
 
     def back(self) -> None:
-        """Give the tensors their bytes back."""
-        self._move(self._addresses(), self._places)
-
-    def _addresses(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._tensors]
-
-    def _move(self, to: Iterable[int], origin: Iterable[int]) -> None:
-        collections.deque(map(ctypes.memmove, to, origin, self._sizes), maxlen=0)
+        """Give the tensors their bytes back; new memory to those that have been given other memory meanwhile."""
+        rows = zip(self._tensors, self._places, self._addresses, self._sizes, self._forms, strict=True)
+        for tensor, place, address, nbytes, (dtype, shape, stride) in rows:
+            if tensor.is_cpu and tensor.dtype == dtype and tensor.nbytes == nbytes and tensor.data_ptr() == address:
+                ctypes.memmove(address, place, nbytes)
+            elif nbytes:
+                first = place - self._memory.data_ptr()
+                old = self._memory[first : first + nbytes].clone().view(dtype)
+                tensor.data = old.as_strided(shape, stride)
 
 
 class Undo:
