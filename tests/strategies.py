@@ -225,6 +225,15 @@ class Nested(nn.Module):
         self.head = nn.Linear(2, 2)
 
 
+class Pair(nn.Module):
+    """Two networks, as a GAN has them; their inner parts are what people wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = Nested()
+        self.critic = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+
 class OnlyModule(nn.Module):
     """Its one child is called `module`: the names alone look like DataParallel's."""
 

@@ -215,9 +215,15 @@ def test_what_stands_beside_a_module_that_computes_is_loaded_too(tmp_path):
     assert_same_bits(model.module.weight, source.module.weight * 2)
 
 
-def test_a_sparse_buffer_can_be_planned(tmp_path):
-    """torch gives no `nbytes` for it."""
-    model = nn.Module()
+def test_a_sparse_buffer_is_planned_and_refused_by_name(tmp_path):
+    """torch gives no `nbytes` for it; and nothing else is filled before it is met."""
+    model = filled(nn.Linear(2, 2), 5)
+    before = weights(model)
+    torch.save({**filled(nn.Linear(2, 2)).state_dict(), "mask": torch.eye(3)}, tmp_path / "a.pth")
     model.register_buffer("mask", torch.eye(3).to_sparse())
-    torch.save({"mask": torch.eye(3)}, tmp_path / "a.pth")
-    assert anycard.plan(tmp_path / "a.pth", model).total == 1
+    assert anycard.plan(tmp_path / "a.pth", model).total == 3
+    with pytest.raises(anycard.CheckpointError, match="mask is a sparse_coo tensor"):
+        anycard.load(tmp_path / "a.pth", model)
+    assert_same({name: model.state_dict()[name] for name in before}, before)
+    anycard.load(tmp_path / "a.pth", model, only=["weight", "bias"])
+    assert_same_bits(model.weight, filled(nn.Linear(2, 2)).weight)

@@ -154,10 +154,8 @@ def _readings(candidate: StateDict, shapes: Mapping[str, tuple[int, ...]], renam
     """The candidate from its top, and from every prefix that its names vote for."""
     if rename is None and candidate.canonical is None and has_no_segments(candidate.tensors):
         names = {name: name for name in candidate.tensors}
-        if shapes and shapes.keys() <= names.keys():
-            return [
-                Match(candidate, "", names, (), hits=len(shapes))
-            ]  # as the reading from the top would find, one name at a time
+        if shapes and shapes.keys() <= names.keys():  # what the reading from the top would find, name by name
+            return [Match(candidate, "", names, (), hits=len(shapes))]
     variants = _variants(candidate)
     lookup = _lookup(shapes)
     top = _read_from(candidate, "", variants, lookup, rename)
