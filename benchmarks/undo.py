@@ -31,10 +31,10 @@ _MIB = (1, 4, 8, 16, 24, 30, 32, 64, 128)
 def load_time(path: Path, model: nn.Module, undo_nbytes: int) -> float:
     """Seconds of one load into the model."""
     start = time.perf_counter()
-    with open_checkpoint(path) as ckpt:
+    with open_checkpoint(path) as ckpt, Undo() as undo:
         work = make_work(ckpt, model, Options())
         limits = replace(DEFAULT, undo_nbytes=undo_nbytes)
-        fill(work, Options(), verify=False, undo=Undo(), progress=None, limits=limits)
+        fill(work, Options(), verify=False, undo=undo, progress=None, limits=limits)
     return time.perf_counter() - start
 
 

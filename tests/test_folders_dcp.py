@@ -23,7 +23,7 @@ import anycard
 from anycard.disk.source import MemorySource
 from anycard.formats.assembled import Chunk, Prover, assemble
 from anycard.operations.fingerprinting import fingerprint
-from anycard.tensors import Storage, TensorInfo
+from anycard.tensors import Storage, TensorInfo, form_of
 from helpers import assert_same, bits, filled, unchanged, weights
 from test_folders_members import HOLDERS
 
@@ -311,7 +311,7 @@ def test_any_cut_and_any_range(shape: tuple[int, ...], scale: int) -> None:
         data = order.tobytes("A")
         storage = Storage(str(index), len(data), source=MemorySource("m", data), offset=0)
         if part.size:
-            chunks.append(Chunk(lows, TensorInfo("int32", part.shape, storage, stride=stride)))
+            chunks.append(Chunk(lows, TensorInfo(form_of("int32", part.shape, stride), storage)))
     info = assemble("t", MemorySource("folder", b""), "int32", full_shape, chunks)
     want = array.tobytes()
     source = info.storage.source
@@ -337,7 +337,10 @@ def _boxes(rng: np.random.Generator, shape: tuple[int, ...]) -> list[tuple[tuple
 def test_overlapping_boxes_of_the_right_size() -> None:
     """As many elements as the tensor has do not make it whole."""
     storage = Storage("s", 8, source=MemorySource("m", b"\0" * 8), offset=0)
-    chunks = [Chunk((0, 0), TensorInfo("int8", (2, 2), storage)), Chunk((1, 0), TensorInfo("int8", (2, 2), storage))]
+    chunks = [
+        Chunk((0, 0), TensorInfo(form_of("int8", (2, 2)), storage)),
+        Chunk((1, 0), TensorInfo(form_of("int8", (2, 2)), storage)),
+    ]
     with pytest.raises(anycard.FormatError, match="overlap"):
         assemble("t", MemorySource("f", b""), "int8", (4, 2), chunks)
 
@@ -345,7 +348,7 @@ def test_overlapping_boxes_of_the_right_size() -> None:
 def test_chunks_that_claim_more_than_they_store() -> None:
     """By strides of 0: what is put together would be as large as they say."""
     storage = Storage("s", 1, source=MemorySource("m", b"x"), offset=0)
-    half = TensorInfo("int8", (1, 1 << 40), storage, stride=(0, 0))
+    half = TensorInfo(form_of("int8", (1, 1 << 40), (0, 0)), storage)
     with pytest.raises(anycard.FormatError, match="more elements than it stores"):
         assemble("t", MemorySource("f", b""), "int8", (2, 1 << 40), [Chunk((0, 0), half), Chunk((1, 0), half)])
 

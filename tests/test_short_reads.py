@@ -10,7 +10,8 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import nn
 
 import anycard
 from anycard.disk import vectors
-from helpers import assert_same, filled, weights
+from helpers import assert_same, filled, unchanged, weights
 
 few = pytest.mark.skipif(not hasattr(os, "preadv"), reason="reads and writes by vectors are Linux's and BSD's")
 
@@ -54,8 +55,8 @@ def slow_device(monkeypatch: pytest.MonkeyPatch, most: int) -> Iterator[list[int
         cut[0] += len(views[0]) > most
         return pwritev(fd, [views[0][:most]], *where)
 
-    def short_vectors(fd: int, address: int, rows: int, offset: int) -> int:
-        """The C library's preadv, up to the place in which the bytes run out; every third call is interrupted."""
+    def short_vectors(call: Callable[..., int], fd: int, address: int, rows: int, offset: int) -> int:
+        """The C library's call, up to the place in which the bytes run out; every third is interrupted."""
         table = np.ctypeslib.as_array((ctypes.c_uint64 * (2 * rows)).from_address(address)).reshape(-1, 2).copy()
         before = np.cumsum(table[:, 1]) - table[:, 1]
         table = table[before < most]
@@ -64,10 +65,11 @@ def slow_device(monkeypatch: pytest.MonkeyPatch, most: int) -> Iterator[list[int
         if next(calls) % 3 == 1:
             ctypes.set_errno(errno.EINTR)
             return -1
-        return int(vectors_preadv(fd, table.ctypes.data, len(table), offset))
+        return int(call(fd, table.ctypes.data, len(table), offset))
 
-    calls, vectors_preadv = itertools.count(), vectors._PREADV
-    monkeypatch.setattr(vectors, "_PREADV", short_vectors)
+    calls = itertools.count()
+    monkeypatch.setattr(vectors, "_PREADV", partial(short_vectors, vectors._PREADV))
+    monkeypatch.setattr(vectors, "_PWRITEV", partial(short_vectors, vectors._PWRITEV))
     monkeypatch.setattr(os, "preadv", short_preadv)
     monkeypatch.setattr(os, "pread", lambda fd, nbytes, where: pread(fd, min(nbytes, most), where))
     monkeypatch.setattr(os, "pwritev", short_pwritev)
@@ -95,6 +97,53 @@ def test_fewer_bytes_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 want = {k: v.to(target.state_dict()[k].dtype) for k, v in weights(source).items()}
                 assert_same(weights(target), want)
         assert cut[0]
+
+
+def stop(done: int, total: int) -> None:
+    """The user's interrupt, once half of the bytes have come."""
+    if done > total // 2:
+        raise KeyboardInterrupt
+
+
+@few
+@pytest.mark.parametrize("most", [100, 100_000])
+def test_the_way_back_by_fewer_bytes_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """The copy of the old values, and what is read from it, come in parts as well."""
+    anycard.save(filled(Net()), tmp_path / "a.pth")
+    model = filled(Net(), 5)
+    with unchanged(model), slow_device(monkeypatch, most) as cut, pytest.raises(KeyboardInterrupt):
+        anycard.load(tmp_path / "a.pth", model, progress=stop)
+    assert cut[0]
+
+
+@pytest.mark.parametrize("fault", ["none there", "none left", "full"])
+def test_the_way_back_without_files_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """A system that has no files in memory, gives no more, or has no room: the old values are kept elsewhere."""
+    anycard.save(filled(Net()), tmp_path / "a.pth")
+    model = filled(Net(), 5)
+
+    def refused(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "no room")
+
+    if fault == "none there":
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    elif fault == "none left":
+        monkeypatch.setattr(os, "memfd_create", refused, raising=False)
+    else:
+        monkeypatch.setattr(vectors, "write_table", refused)
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        anycard.load(tmp_path / "a.pth", model, progress=stop)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts the process's descriptors")
+def test_the_way_back_is_let_go(tmp_path: Path) -> None:
+    """No file stays open behind a load that went well or failed."""
+    anycard.save(filled(Net()), tmp_path / "a.pth")
+    model, before = Net(), len([*Path("/proc/self/fd").iterdir()])
+    anycard.load(tmp_path / "a.pth", model)
+    with pytest.raises(KeyboardInterrupt):
+        anycard.load(tmp_path / "a.pth", model, progress=stop)
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
 
 
 class Dribble(io.BytesIO):

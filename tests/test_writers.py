@@ -24,7 +24,8 @@ from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Bytes, FileRange, Lazy
 from anycard.disk.source import open_source
 from anycard.errors import CheckpointError, FormatError
-from anycard.formats.safetensors import read_index, write_safetensors
+from anycard.formats.safetensors import read_index
+from anycard.formats.safetensors_writer import write_safetensors
 from anycard.formats.torch_zip_writer import write_torch_zip
 from anycard.limits import DEFAULT, Limits
 from anycard.pickles.writer import GlobalRef, Reduced, TensorRef, dump

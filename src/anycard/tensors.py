@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -116,33 +116,32 @@ class Storage:
         return self
 
 
-class TensorInfo:
-    """A stored tensor: a view (dtype, shape, stride) of a `Storage`. Immutable by convention.
+class Form:
+    """All of a tensor but its bytes. A file has many tensors of few forms, and those of one form share it.
 
     Attributes:
         dtype: torch's name (`"float32"`).
         shape: Sizes.
         stride: Strides in elements.
-        storage: The bytes that it is a view of; tied tensors share it.
-        start: Byte offset of element 0 within the storage.
         conj, neg: torch's lazy conjugate and negative bits.
         parameter: It was pickled as an `nn.Parameter`.
         requires_grad: As stored.
         kind: "dense", or why it cannot be given as a plain tensor ("sparse", …).
+        nbytes: Bytes of the elements.
+        span: Bytes from element 0 to the end of the last element.
+        row_major: The elements are stored in row-major order without gaps.
     """
 
     __slots__ = (
-        "conj", "dtype", "kind", "neg", "parameter", "requires_grad", "shape", "start", "storage", "stride",
+        "conj", "dtype", "kind", "nbytes", "neg", "parameter", "requires_grad", "row_major", "shape", "span", "stride",
     )  # fmt: skip
 
     def __init__(
         self,
         dtype: str,
         shape: tuple[int, ...],
-        storage: Storage,
-        *,
         stride: tuple[int, ...] | None = None,
-        start: int = 0,
+        *,
         conj: bool = False,
         neg: bool = False,
         parameter: bool = False,
@@ -152,28 +151,95 @@ class TensorInfo:
         self.dtype = dtype
         self.shape = shape
         self.stride = row_major(shape) if stride is None else stride
-        self.storage = storage
-        self.start = start
         self.conj = conj
         self.neg = neg
         self.parameter = parameter
         self.requires_grad = requires_grad
         self.kind = kind
+        itemsize = DTYPES[dtype].itemsize
+        self.nbytes = math.prod(shape) * itemsize
+        self.span = span_numel(shape, self.stride) * itemsize
+        self.row_major = is_row_major(shape, self.stride)
+
+    def replace(self, **changes: Any) -> Form:
+        """A copy with some attributes changed."""
+        names = ("dtype", "shape", "stride", "conj", "neg", "parameter", "requires_grad", "kind")
+        return Form(**{name: changes.get(name, getattr(self, name)) for name in names})
+
+
+form_of = lru_cache(maxsize=4096)(Form)
+
+
+class TensorInfo:
+    """A stored tensor: a view (dtype, shape, stride) of a `Storage`. Immutable by convention.
+
+    Attributes:
+        form: All that is known of it but where its bytes are.
+        storage: The bytes that it is a view of; tied tensors share it.
+        start: Byte offset of element 0 within the storage.
+    """
+
+    __slots__ = ("form", "start", "storage")
+
+    def __init__(self, form: Form, storage: Storage, start: int = 0) -> None:
+        self.form = form
+        self.storage = storage
+        self.start = start
+
+    @property
+    def dtype(self) -> str:
+        """torch's name (`"float32"`)."""
+        return self.form.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+        return self.form.shape
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Strides in elements."""
+        return self.form.stride
+
+    @property
+    def conj(self) -> bool:
+        """torch's lazy conjugate bit."""
+        return self.form.conj
+
+    @property
+    def neg(self) -> bool:
+        """torch's lazy negative bit."""
+        return self.form.neg
+
+    @property
+    def parameter(self) -> bool:
+        """It was pickled as an `nn.Parameter`."""
+        return self.form.parameter
+
+    @property
+    def requires_grad(self) -> bool:
+        """As stored."""
+        return self.form.requires_grad
+
+    @property
+    def kind(self) -> str:
+        """ "dense", or why it cannot be given as a plain tensor ("sparse", …)."""
+        return self.form.kind
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return math.prod(self.shape)
+        return math.prod(self.form.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor's own elements (not of its storage)."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return self.form.nbytes
 
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return DTYPES[self.dtype].itemsize
+        return DTYPES[self.form.dtype].itemsize
 
     @property
     def device(self) -> str:
@@ -198,24 +264,23 @@ class TensorInfo:
     @property
     def span(self) -> int:
         """Bytes from element 0 to the end of the last element, as stored."""
-        return span_numel(self.shape, self.stride) * DTYPES[self.dtype].itemsize
+        return self.form.span
 
     @property
     def contiguous(self) -> bool:
         """Row-major without gaps."""
-        return is_row_major(self.shape, self.stride)
+        return self.form.row_major
 
     @property
     def place(self) -> tuple[object, ...]:
         """Equal for tied tensors: the same view of the same bytes."""
-        return id(self.storage), self.start, self.shape, self.stride, self.dtype, self.conj, self.neg
+        form = self.form
+        return id(self.storage), self.start, form.shape, form.stride, form.dtype, form.conj, form.neg
 
-    def replace(self, **changes: object) -> TensorInfo:
+    def replace(self, *, storage: Storage | None = None, start: int | None = None, **changes: Any) -> TensorInfo:
         """A copy with some attributes changed."""
-        new = TensorInfo.__new__(TensorInfo)
-        for slot in self.__slots__:
-            setattr(new, slot, changes.get(slot, getattr(self, slot)))
-        return new
+        form = self.form.replace(**changes) if changes else self.form
+        return TensorInfo(form, storage or self.storage, self.start if start is None else start)
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.shape)) or "scalar"

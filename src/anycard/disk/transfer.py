@@ -40,7 +40,7 @@ class Reads(NamedTuple):
     crcs: Sequence[int | None] = ()
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """One call: from byte `start`, into the table's places. `rows`: which places of all."""
 
     start: int
@@ -61,11 +61,11 @@ def run_reads(
             Targets already filled keep their new bytes: the caller owns the way back.
         OSError: The disk failed; passed on as it came.
     """
-    pieces = _Pieces(reads, limits)
+    pieces = Pieces(reads, limits)
     sums = _Sums(reads, pieces) if any(crc is not None for crc in reads.crcs) else None
     lock = threading.Lock()
 
-    def work(batch: _Batch) -> None:
+    def work(batch: Batch) -> None:
         source.read_table(batch.start, batch.table)
         if sums is not None:
             sums.take(batch.rows)
@@ -78,7 +78,7 @@ def run_reads(
         sums.finish()
 
 
-class _Pieces:
+class Pieces:
     """The stretches in the order of the file, large ones in parts: columns again."""
 
     def __init__(self, reads: Reads, limits: Limits) -> None:
@@ -95,7 +95,7 @@ class _Pieces:
         self.address = addresses[self.read] + self.into.astype(np.uint64)
         self._scratch = np.empty(_GAP, np.uint8)
 
-    def batches(self, limits: Limits) -> Iterator[_Batch]:
+    def batches(self, limits: Limits) -> Iterator[Batch]:
         """As few calls as the chunk's size, the system's most places and holes in the file allow."""
         ends = self.start + self.nbytes
         gaps = self.start[1:] - ends[:-1]
@@ -105,7 +105,7 @@ class _Pieces:
             while at < last:
                 fitting = int(np.searchsorted(ends[at:last], self.start[at] + limits.chunk_nbytes, side="right"))
                 rows = slice(at, at + min(max(fitting, 1), MOST_ROWS // 2))
-                yield _Batch(int(self.start[at]), self._table(rows, gaps), rows)
+                yield Batch(int(self.start[at]), self._table(rows, gaps), rows)
                 at = rows.stop
 
     def _table(self, rows: slice, gaps: NDArray[np.int64]) -> Table:
@@ -119,7 +119,7 @@ class _Pieces:
 class _Sums:
     """CRCs of what has come, taken while it is warm."""
 
-    def __init__(self, reads: Reads, pieces: _Pieces) -> None:
+    def __init__(self, reads: Reads, pieces: Pieces) -> None:
         self._reads = reads
         self._pieces = pieces
         self._parts: dict[int, list[tuple[int, int, int]]] = {}

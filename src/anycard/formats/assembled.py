@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from anycard.disk.source import Source
 from anycard.errors import FormatError
-from anycard.tensors import DTYPES, Storage, TensorInfo
+from anycard.tensors import DTYPES, Storage, TensorInfo, form_of
 
 _BLOCK = 1 << 20  # bytes of short runs that are read at once
 _LONG = 1 << 14  # a run of so many bytes is read straight to where it stays
@@ -97,9 +97,9 @@ def assemble(
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if odd is not None or any(c.info.conj or c.info.neg for c in chunks):
         why = (odd and odd.missing) or "its chunks have another byte order, or are lazily conjugated"
-        return TensorInfo(dtype, shape, Storage(name, nbytes, missing=why))
+        return TensorInfo(form_of(dtype, shape), Storage(name, nbytes, missing=why))
     source = Assembled(owner.name, shape, DTYPES[dtype].itemsize, chunks)
-    return TensorInfo(dtype, shape, Storage(name, nbytes, "cpu", source, 0))
+    return TensorInfo(form_of(dtype, shape), Storage(name, nbytes, "cpu", source, 0))
 
 
 def _meet(at: tuple[int, ...], size: tuple[int, ...], bt: tuple[int, ...], m: tuple[int, ...]) -> bool:
@@ -202,7 +202,7 @@ def _dense(info: TensorInfo) -> memoryview:
     import numpy as np
 
     data = bytearray(info.span)
-    read_row_major(TensorInfo("uint8", (info.span,), info.storage, start=info.start), 0, memoryview(data))
+    read_row_major(TensorInfo(form_of("uint8", (info.span,)), info.storage, info.start), 0, memoryview(data))
     size = DTYPES[info.dtype].itemsize
     flat = np.frombuffer(data, dtype=f"V{size}")
     steps = tuple(step * size for step in info.stride)

@@ -21,7 +21,7 @@ from anycard.pickles.composite import Composite
 from anycard.pickles.machine import read_pickle
 from anycard.pickles.stubs import Inert
 from anycard.pickles.views import MOST_ELEMENTS, short
-from anycard.tensors import DTYPES, Storage, TensorInfo
+from anycard.tensors import DTYPES, Storage, TensorInfo, form_of
 
 METADATA = ".metadata"
 _MOST_INFLATED, _RATIO = 64 << 20, 100  # of all packed entries: bytes, or times what is stored
@@ -215,7 +215,7 @@ def _value(name: str, described: Any, entries: _Entries, limits: Limits) -> Any:
     made = [Chunk(at, info) for (at, _), info in zip(places, found, strict=True)]
     if made:
         return assemble(short(name), entries.folder, dtype, shape, made, entries.prover)
-    return TensorInfo(dtype, shape, Storage(short(name), 0, data=b""))
+    return TensorInfo(form_of(dtype, shape), Storage(short(name), 0, data=b""))
 
 
 def _dtype(properties: Any) -> str:
@@ -231,9 +231,9 @@ def _chunk(
 ) -> Any:
     info = entries.find(name, at)
     if info.get("transform_descriptors"):
-        storage = entries.packed(info, TensorInfo(dtype, shape, Storage("", 0)))
+        storage = entries.packed(info, TensorInfo(form_of(dtype, shape), Storage("", 0)))
         storage.key = short(name)
-        return TensorInfo(dtype, shape, storage)
+        return TensorInfo(form_of(dtype, shape), storage)
     found = entries.read(name, info)
     if isinstance(found, Composite) and shape == whole:
         return found  # quantised: listed by its parts

@@ -23,7 +23,7 @@ from anycard.formats.index import Index
 from anycard.formats.registry import read_file_index
 from anycard.limits import Limits
 from anycard.pickles.views import MOST_ELEMENTS, short
-from anycard.tensors import DTYPES, Storage, TensorInfo, row_major
+from anycard.tensors import DTYPES, Storage, TensorInfo, form_of, row_major
 
 MASTERS = "zero_fp32_masters"  # what `member=` calls them
 _FILE = re.compile(
@@ -208,7 +208,7 @@ class _Job:
         if any(piece.dtype != dtype for piece in pieces):
             raise FormatError(f"the parts of {short(name)!r} have several dtypes", path=self._folder.name)
         if not math.prod(shape):
-            return TensorInfo(dtype, shape, Storage(short(name), 0, data=b""))
+            return TensorInfo(form_of(dtype, shape), Storage(short(name), 0, data=b""))
         ends = accumulate((piece.numel for piece in pieces), initial=0)
         chunks = [Chunk((at,), piece) for at, piece in zip(ends, pieces, strict=False)]
         flat = assemble(short(name), self._folder, dtype, (math.prod(shape),), chunks, self._prover)

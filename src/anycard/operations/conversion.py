@@ -15,7 +15,7 @@ from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Piece, counted
 from anycard.errors import CheckpointError, ChoiceError, naming
 from anycard.formats.registry import format_for
-from anycard.formats.safetensors import write_safetensors
+from anycard.formats.safetensors_writer import write_safetensors
 from anycard.formats.torch_zip_writer import write_torch_zip
 from anycard.limits import DEFAULT
 from anycard.names.choosing import canonical_names, wrapper_state

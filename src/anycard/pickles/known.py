@@ -17,7 +17,7 @@ from anycard.pickles.budget import Budget
 from anycard.pickles.composite import COMPOSITES, ON_DEVICE, Composite, rebuild_on_device
 from anycard.pickles.stubs import Counted, Defaulting, Inert, Size, inert_class
 from anycard.pickles.views import INTEGERS, Built, StoredStorage, ints, sized, view
-from anycard.tensors import BY_STORAGE, DTYPES, Storage, TensorInfo
+from anycard.tensors import BY_STORAGE, DTYPES, Storage, TensorInfo, form_of
 
 
 def rebuild_tensor(budget: Budget, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorInfo:
@@ -105,7 +105,7 @@ def rebuild_meta(budget: Budget, dtype: Any, size: Any, stride: Any, requires_gr
     shape, steps = ints(budget, size, "shape"), ints(budget, stride, "stride")
     sized(shape, steps)
     storage = Storage("meta", 0, device="meta", missing="it was saved from the meta device, without values")
-    return TensorInfo(_dtype(dtype), shape, storage, stride=steps, requires_grad=requires_grad is True)
+    return TensorInfo(form_of(_dtype(dtype), shape, steps, requires_grad=requires_grad is True), storage)
 
 
 def load_from_bytes(budget: Budget, data: Any) -> Any:

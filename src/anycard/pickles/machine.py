@@ -295,7 +295,9 @@ class Machine:
             target.__dict__.update(own)
         elif isinstance(target, TensorInfo):
             if target.parameter and type(state) is tuple and state[:1] == (False,):
-                target.requires_grad = False  # below torch 0.4; the parameter was made for this very object
+                target.form = target.form.replace(
+                    requires_grad=False
+                )  # below torch 0.4; the parameter was made for this very object
         elif not isinstance(target, (dict, list, set)):
             raise FormatError(f"BUILD on a {type(target).__name__}")
 

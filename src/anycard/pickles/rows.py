@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from anycard.errors import FormatError
 from anycard.pickles.views import StoredStorage
-from anycard.tensors import TensorInfo
+from anycard.tensors import Form, TensorInfo, form_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,23 +46,19 @@ class _Kind(NamedTuple):
         key_size: Bytes of the storage's key.
         latest: The highest place in the memo that sizes and strides are taken from, or -1.
         cls, rest: The storage's class, and what follows its key in the persistent id.
-        dtype: The name of its dtype.
         claimed: Bytes that the storage has to have.
         start: Byte offset of element 0 in what the persistent id names.
-        span: Bytes from the first element to the last.
+        end: Byte offset behind the last element there; 0 where there is none.
     """
 
     key_size: int
     latest: int
     cls: type[StoredStorage]
-    dtype: str
     rest: tuple[Any, ...]
     claimed: int
     start: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    span: int
-    grad: bool
+    end: int
+    form: Form
 
 
 class _Columns(NamedTuple):
@@ -194,7 +190,7 @@ class Rows:
         for kind, key, begin, shape_place in zip(kinds, columns.key, begins, columns.shape_place, strict=False):
             if kind is None:
                 break
-            key_size, latest, cls, dtype, rest, claimed, start, shape, stride, span, grad = kind
+            key_size, latest, cls, rest, claimed, start, end, form = kind
             # Strides may be the sizes that are put right before them.
             if key_size != len(key) or (latest >= begin and (shape_place is None or latest != begin + 3)):
                 break
@@ -204,11 +200,12 @@ class Rows:
                 else:
                     stored = load(("storage", cls, key.decode(), *rest))
                     storage, start = stored.storage, start + stored.start
+                    end = end and end + stored.start
             except FormatError:
                 break  # the interpreter comes to it, and says where
-            if storage is None or claimed > storage.nbytes or (span and start + span > storage.nbytes):
+            if storage is None or claimed > storage.nbytes or end > storage.nbytes:
                 break
-            made.append(TensorInfo(dtype, shape, storage, stride=stride, start=start, requires_grad=grad))
+            made.append(TensorInfo(form, storage, start))
         return made
 
     def _kinds(self, columns: _Columns, first: int) -> list[_Kind | None]:
@@ -235,17 +232,18 @@ class Rows:
         if known is None or not m.makes_tensors(_place(maker)) or sizes is None or steps is None:
             return None
         try:
-            span = shortcut.span(sizes, steps)
+            shortcut.span(sizes, steps)
         except FormatError:
             return None
         cls, where, itemsize = known
         first, elements = shortcut.number(offset), shortcut.number(numel)
         if first < 0 or elements < 0:
             return None
+        start, made = first * itemsize, form_of(str(cls.dtype), sizes, steps, requires_grad=tail[:1] == b"\x88")
         return _Kind(
-            key_size=key_size[0], latest=max(_place(shape), _place(stride)), cls=cls, dtype=str(cls.dtype),
-            rest=(where, elements, *((None,) if none else ())), claimed=elements * itemsize, start=first * itemsize,
-            shape=sizes, stride=steps, span=span * itemsize, grad=tail[:1] == b"\x88",
+            key_size=key_size[0], latest=max(_place(shape), _place(stride)), cls=cls,
+            rest=(where, elements, *((None,) if none else ())), claimed=elements * itemsize,
+            start=start, end=start + made.span if made.span else 0, form=made,
         )  # fmt: skip
 
 
@@ -272,7 +270,7 @@ class _Memory(NamedTuple):
         columns = self.columns
         values = (
             (self.names[row], columns.name_place), (pid[2], columns.key_place), (pid, columns.storage_place),
-            (kind.shape, columns.shape_place), (kind.stride, columns.stride_place),
+            (info.shape, columns.shape_place), (info.stride, columns.stride_place),
             (hooks, columns.hooks_place), (args, columns.args_place), (info, columns.place),
         )  # fmt: skip
         return dict(enumerate((value for value, places in values if places[row] is not None), self.begins[row]))

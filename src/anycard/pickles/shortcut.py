@@ -15,7 +15,7 @@ from typing import Any
 from anycard.pickles.rows import Rows
 from anycard.pickles.stubs import Inert
 from anycard.pickles.views import INTEGERS, StoredStorage, ints, is_storage_class, sized
-from anycard.tensors import DTYPES, TensorInfo, span_numel
+from anycard.tensors import DTYPES, TensorInfo, form_of, span_numel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Shortcut:
         if storage is None or first < 0 or (span and start + span * itemsize > storage.nbytes):
             return None
         wants_grad = grad == b"\x88"
-        made = TensorInfo(str(cls.dtype), shape, storage, stride=stride, start=start, requires_grad=wants_grad)
+        made = TensorInfo(form_of(str(cls.dtype), shape, stride, requires_grad=wants_grad), storage, start)
         after: OrderedDict[Any, Any] = OrderedDict()
         args = (stored, first, shape, stride, wants_grad, after)
         puts = (put_key, put_pid, sizes[2], sizes[5], put_hooks, put_args, put)

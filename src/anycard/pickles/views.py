@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeGuard
 from anycard.errors import FormatError
 from anycard.pickles.budget import Budget
 from anycard.pickles.stubs import Inert
-from anycard.tensors import DTYPES, Storage, TensorInfo, span_numel
+from anycard.tensors import DTYPES, Storage, TensorInfo, form_of, span_numel
 
 # Sizes, strides and offsets in bytes then fit 64 bits: the widest element has 16.
 MOST_ELEMENTS = 1 << 58
@@ -53,7 +53,7 @@ class StoredStorage(Inert):
         if self.storage is None:
             return ()
         dtype = type(self).dtype or "uint8"
-        return (TensorInfo(INTEGERS.get(dtype, dtype), (self.numel,), self.storage, start=self.start),)
+        return (TensorInfo(form_of(INTEGERS.get(dtype, dtype), (self.numel,)), self.storage, self.start),)
 
 
 def is_storage_class(kind: Any) -> TypeGuard[type[StoredStorage]]:
@@ -93,7 +93,7 @@ def view(
             f"a tensor ({dtype}, {' x '.join(map(str, shape))}) needs {end:,} bytes of storage {short(storage.key)}, "
             f"which has {storage.nbytes:,}"
         )
-    return TensorInfo(dtype, shape, storage, stride=stride, start=start, **more)
+    return TensorInfo(form_of(dtype, shape, stride, **more), storage, start)
 
 
 def short(text: str) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from anycard.checkpoint import tensor_bytes
 from anycard.errors import CheckpointError, DeviceError, MismatchError
-from anycard.tensors import TensorInfo, span_numel
-from anycard.torch.reading import read_tensor
-from anycard.torch.survey import Target
+from anycard.tensors import span_numel
+from anycard.torch.reading import Fill, read_tensor
 from anycard.torch.work import Options, Work
 from anycard.warning import warn
 
@@ -51,15 +51,15 @@ def _check_data_parallel(model: nn.Module, options: Options) -> None:
 
 
 def _check_layouts(work: Work) -> None:
-    for target, _ in work.fills:
-        if target.plain or is_lazy(target.tensor) or target.tensor.layout is torch.strided:
+    for fill in [fill for fill in work.fills if not fill.plain]:
+        if is_lazy(fill.tensor) or fill.tensor.layout is torch.strided:
             continue
-        layout = str(target.tensor.layout).removeprefix("torch.")
+        layout = str(fill.tensor.layout).removeprefix("torch.")
         raise CheckpointError(
-            f"{target.name} is a {layout} tensor in the model, and only dense tensors can be filled: make it dense "
+            f"{fill.name} is a {layout} tensor in the model, and only dense tensors can be filled: make it dense "
             "(`to_dense()`), or leave it out with only=. The model was not changed.",
             path=work.plan.path,
-            name=target.name,
+            name=fill.name,
         )
 
 
@@ -99,14 +99,11 @@ def _contradiction(a: str, b: str, work: Work) -> MismatchError:
     )
 
 
-_Fills = list[tuple[Target, TensorInfo]]
-
-
-def _overlapping(fills: _Fills) -> list[_Fills]:
-    """Targets that are different views of the same memory, such as a transposed tie."""
-    extents = sorted([(*_extent(target), index) for index, (target, _) in enumerate(fills)])
-    if all(end <= after for (_, end, _), (after, _, _) in itertools.pairwise(extents)):
+def _overlapping(fills: Sequence[Fill]) -> list[list[Fill]]:
+    """Tensors that are different views of the same memory, such as a transposed tie."""
+    if _plainly_apart(fills):
         return []
+    extents = sorted([(*_extent(fill), index) for index, fill in enumerate(fills)])
     groups: list[list[int]] = []
     reach = -1
     for start, end, index in extents:
@@ -118,10 +115,20 @@ def _overlapping(fills: _Fills) -> list[_Fills]:
     return [[fills[index] for index in sorted(group)] for group in groups if len(group) > 1]
 
 
-def _extent(target: Target) -> tuple[int, int]:
+def _plainly_apart(fills: Sequence[Fill]) -> bool:
+    if not all(fill.plain for fill in fills):
+        return False
+    tensors = [fill.tensor for fill in fills]
+    starts = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
+    ends = starts + np.array([tensor.nbytes for tensor in tensors], np.uint64)
+    order = np.argsort(starts)
+    return bool((ends[order[:-1]] <= starts[order[1:]]).all())
+
+
+def _extent(fill: Fill) -> tuple[int, int]:
     """Addresses of the first element and behind the last; the same where it has no memory."""
-    tensor = target.tensor
-    if target.plain:
+    tensor = fill.tensor
+    if fill.plain:
         start = tensor.data_ptr()
         return start, start + tensor.nbytes
     if is_lazy(tensor) or tensor.layout is not torch.strided:
@@ -132,19 +139,19 @@ def _extent(target: Target) -> tuple[int, int]:
     return start, start + span_numel(tuple(tensor.shape), tuple(tensor.stride())) * tensor.element_size()
 
 
-def _check_overlap(group: _Fills, work: Work) -> None:
+def _check_overlap(group: Sequence[Fill], work: Work) -> None:
     """Write the stored values over one another in a copy of the memory, and see whether the first ones stay."""
-    first = group[0][0].tensor.detach()
+    first = group[0].tensor.detach()
     memory = first.untyped_storage().clone()  # type: ignore[no-untyped-call]
     views, values = [], []
-    for target, info in group:
-        own = target.tensor.detach()
-        if own.dtype != first.dtype or target.shape != info.shape:
+    for fill in group:
+        own = fill.tensor.detach()
+        if own.dtype != first.dtype or own.shape != fill.info.shape:
             continue
         view = torch.empty(0, dtype=own.dtype, device=own.device)
         view.set_(memory, own.storage_offset(), own.shape, own.stride())
-        values.append(read_tensor(info, target.name).to(own))
-        views.append((view, target.name))
+        values.append(read_tensor(fill.info, fill.name).to(own))
+        views.append((view, fill.name))
         view.copy_(values[-1])
     last = views[-1][1] if views else ""
     for (view, name), value in zip(views, values, strict=True):

@@ -17,7 +17,7 @@ from anycard.limits import DEFAULT, Limits
 from anycard.progress import Progress, counting
 from anycard.tensors import TensorInfo, is_dense
 from anycard.torch.calling import call_loaders, check_extras, run_post_hooks, set_extras
-from anycard.torch.dtypes import PLAIN, TO_TORCH, is_plain
+from anycard.torch.dtypes import PLAIN, is_plain
 from anycard.torch.mapping import Mappings
 from anycard.torch.modules import walk
 from anycard.torch.reading import Fill, prepare
@@ -75,25 +75,27 @@ def _allocate(work: Work, options: Options) -> _Places:
     places = _Places()
     as_it_is = options.device is None and options.dtype is None
     mappings = Mappings() if options.mmap else None
-    for target, info in work.fills:
-        own = target.tensor
-        if as_it_is and target.plain and mappings is None:
-            alike = TO_TORCH.get(info.dtype) is target.dtype and info.shape == target.shape
-            places.inplace.append(Fill(own, info, target.name, alike))
+    if as_it_is and mappings is None and all(fill.plain for fill in work.fills):
+        places.inplace = work.fills
+        return places
+    for given in work.fills:
+        own, info, name, plain, _ = given
+        if as_it_is and plain and mappings is None:
+            places.inplace.append(given)
             continue
         if mappings is not None and (mapped := _mapped(mappings, own, info, options)) is not None:
             places.old[id(own)] = (own, mapped)
             continue
         if as_it_is and is_plain(own) and not own.is_meta:
-            places.inplace.append(Fill(own, info, target.name))
+            places.inplace.append(Fill(own, info, name))
             continue
         device = options.device or (torch.device("cpu") if own.is_meta else own.device)
         dtype = final_dtype(own.dtype, info, options.dtype)
         if own.dtype == dtype and own.device == device and not own.is_meta and _writable(own):
-            places.inplace.append(Fill(own, info, target.name))
+            places.inplace.append(Fill(own, info, name))
             continue
         fresh = torch.empty_like(own.detach(), dtype=dtype, device=device, memory_format=_format(own))
-        places.new.append(Fill(fresh, info, target.name))
+        places.new.append(Fill(fresh, info, name))
         places.old[id(own)] = (own, fresh)
     return places
 
@@ -132,7 +134,7 @@ def _read_in_place(
     if undo is not None:
         straight = sum(sum(reads.nbytes) for _, reads in filling.reads)
         if straight + sum(fill.tensor.nbytes for fill in filling.staged) <= limits.undo_nbytes:
-            undo.keep_bytes([fill.tensor for fill in filling.staged], filling.straight)
+            undo.keep_filled(filling)
         else:
             undo.lost = tuple(fill.name for fill in inplace)
             undo.started = True

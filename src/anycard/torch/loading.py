@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, BinaryIO
 
 import torch
@@ -101,7 +102,8 @@ def _load(
             built.finish(_filled(work))
         fresh = built is not None
         sums = fresh if verify is None else verify
-        fill(work, options, verify=sums, undo=None if fresh else Undo(), progress=progress)
+        with nullcontext() if fresh else Undo() as undo:
+            fill(work, options, verify=sums, undo=undo, progress=progress)
         return work.model
 
 
@@ -140,7 +142,7 @@ def _planned(ckpt: Checkpoint, model: Any, options: Options) -> tuple[Work, Buil
 
 def _filled(work: Work) -> list[torch.Tensor]:
     """The tensors that need no initialisation: the file gives every one of their elements."""
-    return [] if work.called else [target.tensor for target, _ in work.fills]
+    return [] if work.called else [fill.tensor for fill in work.fills]
 
 
 def _options(

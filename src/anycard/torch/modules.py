@@ -37,23 +37,41 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def walk(model: nn.Module) -> Walked:
     """Every module: live path, canonical path, module. A module met twice comes twice."""
-    found: list[tuple[str, str, nn.Module]] = []
-    stack: list[tuple[str, str, nn.Module, frozenset[int]]] = [("", "", model, frozenset())]
+    found: list[tuple[str, str, nn.Module]] = [("", "", model)]
+    stack = [_Level("", "", model)]
+    inside = {id(model)}
     while stack:
-        live, canonical, module, above = stack.pop()
-        if id(module) in above:
-            continue
-        found.append((live, canonical, module))
-        children = module._modules
-        if not children:
-            continue
-        row = live_wrapper(module)
-        inside = above | {id(module)}
-        for name, child in reversed(children.items()):
-            if child is not None:
-                inward = canonical if row is not None and name == row.child else join(canonical, name)
-                stack.append((join(live, name), inward, child, inside))
+        level = stack[-1]
+        live, canonical, inner = level.live, level.canonical, level.inner
+        for name, child in level.children:
+            if child is None:
+                continue
+            path = f"{live}.{name}" if live else name
+            if name == inner:
+                own = canonical
+            else:
+                own = path if canonical is live else join(canonical, name)
+            if not child._modules:  # most have none, and take no level of their own
+                found.append((path, own, child))
+            elif id(child) not in inside:
+                found.append((path, own, child))
+                inside.add(id(child))
+                stack.append(_Level(path, own, child))
+                break
+        else:
+            inside.discard(id(level.module))
+            stack.pop()
     return found
+
+
+class _Level:
+    """A module whose children are being walked; `inner`: which of them takes its place, where it is a wrapper."""
+
+    def __init__(self, live: str, canonical: str, module: nn.Module) -> None:
+        self.live, self.canonical, self.module = live, canonical, module
+        self.children = iter(module._modules.items())
+        row = live_wrapper(module)
+        self.inner = row.child if row is not None else None
 
 
 def canonical_paths(walked: Walked) -> dict[str, str]:
@@ -72,14 +90,13 @@ def live_paths(walked: Walked) -> dict[str, str]:
     return {canonical: live for live, canonical, _ in walked}
 
 
-def refuse_assigned_state_dict(model: nn.Module, walked: Walked | None = None) -> None:
+def refuse_assigned_state_dict(walked: Walked) -> None:
     """Raise where someone wrote `model.state_dict = loaded` instead of calling `load_state_dict`.
 
     A method of the same model is let be (an old adapter recipe binds one).
     """
-    walked = walk(model) if walked is None else walked
-    for live, _, module in walked:
-        value = module.__dict__.get("state_dict")
+    for live, _, module in [row for row in walked if "state_dict" in row[2].__dict__]:
+        value = module.__dict__["state_dict"]
         if value is None:
             continue
         bound = getattr(value, "__self__", None)

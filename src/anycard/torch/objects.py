@@ -41,14 +41,14 @@ def load_objects(
         if not callable(getattr(target, "load_state_dict", None)):
             raise TypeError(f"{name} is a {type(target).__name__}, which has no load_state_dict")
     data = {str(name): materialise(value) for name, value in tree.items() if not _is_module(objects.get(name))}
-    undo = Undo()
-    try:
-        for work, mine in works:
-            fill(work, mine, verify=verify, undo=undo, progress=progress)
-        _load_others(others, data, undo)
-    except BaseException as error:
-        undo.restore(error)
-        raise
+    with Undo() as undo:
+        try:
+            for work, mine in works:
+                fill(work, mine, verify=verify, undo=undo, progress=progress)
+            _load_others(others, data, undo)
+        except BaseException as error:
+            undo.restore(error)
+            raise
     return {**data, **objects}
 
 

@@ -21,6 +21,7 @@ from anycard.torch.modules import (
     live_paths,
     unwrapped,
 )
+from anycard.torch.reading import Fill
 from anycard.torch.self_loading import Trace, counts_batches, overrides_entry, trace
 from anycard.torch.survey import Survey, Target, survey
 from anycard.torch.work import Options, OwnLoader, Work, final_dtype, loses_kind
@@ -34,13 +35,13 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
         CheckpointError: `model.state_dict` was overwritten by an assignment.
     """
     seen = survey(model)
-    shapes = {name: target.shape for name, target in seen.targets.items()}
+    shapes = dict(zip(seen.columns.names, seen.columns.shapes, strict=True))
     candidates: Sequence[StateDict] = ckpt.state_dicts
     unions = [held for held in ckpt.found.unions if options.key is None or held.key == options.key]
     if options.key is not None and not (unions and options.key not in {held.key for held in candidates}):
         candidates, unions = [by_key(candidates, options.key, ckpt.path)], []
     match = find(candidates, unions, shapes, options.rename, ckpt.path)
-    work = _planned(ckpt, seen, match, options)
+    work = _agreeing(ckpt, seen, match, options) or _planned(ckpt, seen, match, options)
     if not match.hits and not work.plan.fits and options.rename is None and seen.self_loaders:
         for other in last_resorts(candidates, shapes):
             again = _planned(ckpt, seen, other, options)
@@ -49,12 +50,38 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
     return work
 
 
+def _agreeing(ckpt: Checkpoint, seen: Survey, match: Match, options: Options) -> Work | None:
+    """The work where the stored tensors are the model's one by one, in name, shape and dtype, and no more is asked."""
+    names, tensors, shapes, dtypes, plain = seen.columns
+    asked = options.dtype is not None or options.only is not None
+    beside = match.outside or match.wrapper_state or match.source.extras
+    if asked or beside or not seen.usual or not len(names) == len(match.names) == match.hits:
+        return None
+    stored = match.source.tensors
+    infos = [stored[match.names[name]] for name in names]
+    forms = [info.form for info in infos]
+    if [form.shape for form in forms] != shapes or [TO_TORCH.get(form.dtype) for form in forms] != dtypes:
+        return None
+    if len(set(map(id, tensors))) < len(tensors):
+        return None  # ties
+    work = _begun(ckpt, seen, match)
+    work.fills = list(map(Fill._make, zip(tensors, infos, names, plain, plain, strict=True)))
+    work.plan.pairs = dict(match.names)
+    work.plan.renamed = {held: name for name, held in match.names.items() if held != name}
+    work.plan.nbytes = sum([form.nbytes for form in forms])
+    return work
+
+
 def _planned(ckpt: Checkpoint, seen: Survey, match: Match, options: Options) -> Work:
-    model = seen.walked[0][2]
-    plan = LoadPlan(ckpt.path, type(unwrapped(model)).__name__, match.where, total=len(seen.targets))
-    work = Work(plan, model, match)
+    work = _begun(ckpt, seen, match)
     _Planner(work, seen, options, ckpt).run()
     return work
+
+
+def _begun(ckpt: Checkpoint, seen: Survey, match: Match) -> Work:
+    model = seen.walked[0][2]
+    plan = LoadPlan(ckpt.path, type(unwrapped(model)).__name__, match.where, total=len(set(seen.columns.names)))
+    return Work(plan, model, match)
 
 
 class _Planner:
@@ -99,31 +126,13 @@ class _Planner:
         handled = self._own_loaders()
         apart = handled or self.options.only is not None
         names = [n for n in self.wanted if n in self.chosen and n not in handled] if apart else self.wanted
-        self._by_names([self.wanted[name] for name in names])
+        for name in names:
+            self._by_name(name, self.wanted[name])
         self._wrapper_state()
         self._extra_state()
         self._ties()
         self._leftovers()
         self._describe()
-
-    def _by_names(self, targets: Sequence[Target]) -> None:
-        """Pair targets with the stored tensors of their names; most of them agree in all."""
-        stored, fills, nbytes = self.stored, self.work.fills, 0
-        rest: Sequence[Target] = targets
-        if self.options.dtype is None:
-            rest = []
-            for target in targets:
-                name, tensor = target.name, target.tensor
-                info = stored.get(name)
-                if info is not None and info.shape == target.shape and TO_TORCH.get(info.dtype) is target.dtype:
-                    fills.append((target, info))
-                    nbytes += tensor.nbytes if target.plain else info.nbytes
-                else:
-                    rest.append(target)
-            self.used.update(target.name for target, _ in fills)
-            self.plan.nbytes += nbytes
-        for target in rest:
-            self._by_name(target.name, target)
 
     def _by_name(self, name: str, target: Target) -> None:
         info = self.stored.get(name)
@@ -143,7 +152,7 @@ class _Planner:
             if loses_kind(info.dtype, have):
                 self.plan.refused = (*self.plan.refused, target.name)
                 return
-        self.work.fills.append((target, info))
+        self.work.fills.append(_fill(target, info))
         self.plan.nbytes += info.nbytes
 
     def _absent(self, name: str, target: Target) -> None:
@@ -263,7 +272,7 @@ class _Planner:
             stored = match.wrapper_state.get(target.name)
             value = marked.get(join(match.where, target.name)) if isinstance(marked, dict) else None
             if stored is not None:
-                self.work.fills.append((target, match.source.tensors[stored]))
+                self.work.fills.append(_fill(target, match.source.tensors[stored]))
             elif isinstance(value, int):
                 self.work.wrapper_state.append((target, value))
             else:
@@ -291,17 +300,15 @@ class _Planner:
     def _ties(self) -> None:
         """One fill for each tensor; a name tied to a filled one is not missing."""
         names = self.work.match.names
-        self.plan.pairs = {target.name: names.get(target.name, target.name) for target, _ in self.work.fills}
-        if not self.missing and len({id(target.tensor) for target, _ in self.work.fills}) == len(self.work.fills):
-            return
-        groups: dict[int, list[tuple[Target, TensorInfo]]] = {}
-        for target, info in self.work.fills:
-            groups.setdefault(id(target.tensor), []).append((target, info))
+        self.plan.pairs = {fill.name: names.get(fill.name, fill.name) for fill in self.work.fills}
+        groups: dict[int, list[Fill]] = {}
+        for fill in self.work.fills:
+            groups.setdefault(id(fill.tensor), []).append(fill)
         for group in groups.values():
-            first, kept = group[0]
-            for other, info in group[1:]:
-                if info.place != kept.place:
-                    self.work.conflicts.append((first.name, kept, other.name, info))
+            first = group[0]
+            for other in group[1:]:
+                if other.info.place != first.info.place:
+                    self.work.conflicts.append((first.name, first.info, other.name, other.info))
                     self.plan.conflicts = (*self.plan.conflicts, (first.name, other.name))
         self.missing = [n for n in self.missing if n not in self.wanted or id(self.wanted[n].tensor) not in groups]
         self.work.fills = [group[0] for group in groups.values()]
@@ -319,7 +326,7 @@ class _Planner:
         self.plan.missing = tuple(dict.fromkeys(self.missing))
         if bare := self.seen.bare:
             called = {id(m) for loader in self.work.called for m in loader.module.modules()}
-            filled = {id(target.tensor) for target, _ in self.work.fills}
+            filled = {id(fill.tensor) for fill in self.work.fills}
             filled |= {id(target.tensor) for target in self.work.counters}
             self.plan.unfillable = tuple(
                 name for name, tensor, module in bare if id(module) not in called and id(tensor) not in filled
@@ -346,3 +353,8 @@ class _Planner:
         spare = {n: self.stored[n] for n in plan.unexpected if n in self.stored}
         own = {n: t.shape for n, t in self.wanted.items()}
         plan.nearest = nearest_names(tuple(n for n in plan.missing if n in own), own, spare)
+
+
+def _fill(target: Target, info: TensorInfo) -> Fill:
+    alike = target.plain and info.shape == target.shape and TO_TORCH.get(info.dtype) is target.dtype
+    return Fill(target.tensor, info, target.name, target.plain, alike)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,7 +19,7 @@ from anycard.names.choosing import canonical_names
 from anycard.names.plain import plain
 from anycard.pickles.stubs import Inert
 from anycard.progress import Progress, counting
-from anycard.tensors import DTYPES, TensorInfo, is_dense, is_row_major
+from anycard.tensors import Storage, TensorInfo, is_dense
 from anycard.torch.dtypes import PLAIN, TO_TORCH
 from anycard.warning import warn
 
@@ -28,12 +28,14 @@ class Fill(NamedTuple):
     """A tensor of a model, the stored tensor that goes into it, and what errors call it.
 
     Attributes:
-        alike: The tensor is plain (see `survey.Target`), of the stored shape and dtype.
+        plain: As `survey.Target` has it.
+        alike: The tensor is plain, and of the stored shape and dtype.
     """
 
     tensor: torch.Tensor
     info: TensorInfo
     name: str
+    plain: bool = False
     alike: bool = False
 
 
@@ -42,12 +44,12 @@ class Filling:
     """What filling some tensors comes to.
 
     Attributes:
-        straight: Tensors whose memory is to hold the very bytes that are stored.
-        reads: These bytes, by their source.
+        straight: What goes into memory that is to hold the very bytes that are stored.
+        reads: These bytes, by their source, in the same order.
         staged: What takes a copy, one at a time.
     """
 
-    straight: list[torch.Tensor]
+    straight: list[Fill]
     reads: list[tuple[Source, Reads]]
     staged: list[Fill]
 
@@ -61,12 +63,20 @@ class Filling:
             for source, reads in self.reads:
                 run_reads(source, reads, done, limits=limits)
         finally:  # writing by address is nothing that autograd sees
-            torch.autograd.graph.increment_version([t for t in self.straight if not t.is_inference()])
+            _increment_versions([fill.tensor for fill in self.straight])
         with torch.no_grad():
-            for tensor, info, name, _ in self.staged:
-                tensor.detach().copy_(read_tensor(info, name, limits=limits).reshape(tensor.shape))
+            for fill in self.staged:
+                tensor = fill.tensor
+                tensor.detach().copy_(read_tensor(fill.info, fill.name, limits=limits).reshape(tensor.shape))
                 if done is not None:
-                    done(info.nbytes)
+                    done(fill.info.nbytes)
+
+
+def _increment_versions(tensors: list[torch.Tensor]) -> None:
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # those made in inference mode have none
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def prepare(fills: Sequence[Fill], *, check: bool = True) -> Filling:
@@ -75,25 +85,23 @@ def prepare(fills: Sequence[Fill], *, check: bool = True) -> Filling:
     Args:
         check: Compare CRCs while the bytes are warm, where a tensor is all of its storage.
     """
-    groups: dict[Source, list[Fill]] = {}
-    staged = []
-    for fill in fills:
-        source = fill.info.storage.source
-        if source is None or not _goes_straight(fill):
-            staged.append(fill)
-        elif source in groups:
-            groups[source].append(fill)
-        else:
-            groups[source] = [fill]
-    straight = [fill.tensor for group in groups.values() for fill in group]
+    straight, staged = fills, []
+    if not _all_straight(fills):
+        goes = [_goes_straight(fill) for fill in fills]
+        straight = [fill for fill, good in zip(fills, goes, strict=True) if good]
+        staged = [fill for fill, good in zip(fills, goes, strict=True) if not good]
+    groups: dict[Any, list[Fill]] = {}  # by the source, which all of these have
+    for fill in straight:
+        groups.setdefault(fill.info.storage.source, []).append(fill)
+    straight = [fill for group in groups.values() for fill in group]
     return Filling(straight, [(source, _reads(group, check)) for source, group in groups.items()], staged)
 
 
 def _reads(fills: Sequence[Fill], check: bool) -> Reads:
-    tensors, infos, names, _ = zip(*fills, strict=True)
+    tensors, infos, names, _, _ = zip(*fills, strict=True)
     storages = [info.storage for info in infos]
     offsets = [info.start + storage.offset for info, storage in zip(infos, storages, strict=True)]
-    nbytes = [tensor.nbytes for tensor in tensors]
+    nbytes = [info.form.nbytes for info in infos]
     crcs: list[int | None] = []
     if check:
         rows = zip(infos, storages, nbytes, strict=True)
@@ -101,21 +109,32 @@ def _reads(fills: Sequence[Fill], check: bool) -> Reads:
     return Reads(offsets, nbytes, [tensor.data_ptr() for tensor in tensors], names, crcs)
 
 
+def _all_straight(fills: Sequence[Fill]) -> bool:
+    """All go straight, as a look at all at once tells; there may be others of which all do."""
+    forms = {fill.info.form for fill in fills}
+    rows = all(form.row_major and not (form.conj or form.neg) for form in forms)
+    return rows and all(fill.alike for fill in fills) and _all_in_files({fill.info.storage for fill in fills})
+
+
+def _all_in_files(storages: Iterable[Storage]) -> bool:
+    """The stored bytes lie in files, as they lie in memory."""
+    return all(s.source and s.offset is not None and not s.missing and not s.big_endian for s in storages)
+
+
 def _goes_straight(fill: Fill) -> bool:
     """The tensor's memory is to hold the very bytes that are stored."""
-    tensor, info, _, alike = fill
-    if not plain_bytes(info):
+    tensor, info, _, _, alike = fill
+    if info.storage.source is None or not plain_bytes(info):
         return False
-    shape, stride = info.shape, info.stride
-    if alike and is_row_major(shape, stride):
+    if alike and info.form.row_major:
         return True
     return (
         TO_TORCH.get(info.dtype) is tensor.dtype
-        and tensor.shape == shape
+        and tensor.shape == info.shape
         and tensor.is_cpu
         and (type(tensor) in PLAIN or type(tensor.data) is torch.Tensor)
         and not (tensor.is_neg() or tensor.is_conj())
-        and ((is_row_major(shape, stride) and tensor.is_contiguous()) or _same_order(tensor.stride(), info))
+        and ((info.form.row_major and tensor.is_contiguous()) or _same_order(tensor.stride(), info))
     )
 
 
@@ -126,12 +145,12 @@ def _same_order(stride: tuple[int, ...], info: TensorInfo) -> bool:
 
 def plain_bytes(info: TensorInfo) -> bool:
     """The stored bytes lie in the file as they lie in memory."""
-    storage = info.storage
+    storage, form = info.storage, info.form
     return (
         storage.offset is not None
         and not storage.missing
-        and not (info.conj or info.neg)
-        and not (storage.big_endian and DTYPES[info.dtype].itemsize > 1)
+        and not (form.conj or form.neg)
+        and not (storage.big_endian and info.itemsize > 1)
     )
 
 
@@ -229,7 +248,7 @@ def read_all(tensors: Mapping[str, TensorInfo], path: str, progress: Progress = 
                     tensor = read_tensor(info, name)
                     done(info.nbytes)
                 else:
-                    fills.append(Fill(tensor, info, name, alike=True))
+                    fills.append(Fill(tensor, info, name, plain=True, alike=True))
                 made[place] = tensor
             else:
                 done(info.nbytes)

@@ -21,7 +21,7 @@ from anycard.errors import CheckpointError, ChoiceError, FormatError, UntrustedE
 from anycard.names.choosing import pick
 from anycard.names.pickled_modules import inert_wrapper, is_module, module_state, wrapped_module
 from anycard.pickles.stubs import Counted, Defaulting, Inert, Size
-from anycard.tensors import TensorInfo
+from anycard.tensors import TensorInfo, form_of
 from anycard.torch.completing import Lack, complete, prepare
 from anycard.torch.dtypes import TO_TORCH
 from anycard.torch.reading import read_tensor
@@ -247,7 +247,7 @@ class _Builder:
         if len(self.uses.get(id(info.storage), ())) < 2 or info.conj or info.neg or info.storage.big_endian:
             return read_tensor(info)
         if id(info.storage) not in self.memory:
-            whole = TensorInfo("uint8", (info.storage.nbytes,), info.storage)
+            whole = TensorInfo(form_of("uint8", (info.storage.nbytes,)), info.storage)
             self.memory[id(info.storage)] = read_tensor(whole).untyped_storage()
         tensor = torch.empty(0, dtype=TO_TORCH[info.dtype], device="cpu")
         offset = info.start // tensor.element_size()

@@ -17,14 +17,14 @@ from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Lazy, Piece, counted
 from anycard.errors import CheckpointError
 from anycard.formats.registry import format_for
-from anycard.formats.safetensors import write_safetensors
+from anycard.formats.safetensors_writer import write_safetensors
 from anycard.formats.torch_zip_writer import write_torch_zip
 from anycard.limits import DEFAULT
 from anycard.pickles.writer import dump
 from anycard.progress import Progress, counting
 from anycard.tensors import DTYPES
 from anycard.torch.dtypes import FROM_TORCH
-from anycard.torch.modules import refuse_assigned_state_dict
+from anycard.torch.modules import refuse_assigned_state_dict, walk
 from anycard.torch.plain_data import plain_data
 from anycard.torch.state import state_of
 from anycard.torch.storages import Storages, dense_bytes, identity, refuse_kinds
@@ -54,7 +54,7 @@ def save(obj: Any, path: Path, *, whole: bool = False, progress: Progress = None
     if whole and kind != "torch zip":
         raise ValueError("safetensors holds tensors only: save a whole model as .pt, .pth or .pkl")
     if whole:
-        refuse_assigned_state_dict(obj)
+        refuse_assigned_state_dict(walk(obj))
     with uncollected():
         _save(obj, path, kind, whole, progress)
 

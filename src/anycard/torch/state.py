@@ -11,16 +11,17 @@ from torch import nn
 
 from anycard.errors import CheckpointError
 from anycard.names.paths import join, translated
-from anycard.torch.modules import canonical_paths, live_wrapper, refuse_assigned_state_dict, walk
+from anycard.torch.modules import Walked, canonical_paths, live_wrapper, refuse_assigned_state_dict, walk
 
 
 def state_of(model: nn.Module) -> tuple[OrderedDict[str, Any], dict[str, Any]]:
     """A model's real state dict under canonical names, and the state that belongs to its wrappers."""
-    refuse_assigned_state_dict(model)
-    paths = canonical_paths(walk(model))
+    walked = walk(model)
+    refuse_assigned_state_dict(walked)
+    paths = canonical_paths(walked)
     with _real_methods(model):
         live = model.state_dict()
-    own = _wrapper_names(model)
+    own = _wrapper_names(walked)
     state: OrderedDict[str, Any] = OrderedDict()
     wrappers: dict[str, Any] = {}
     for name, value in live.items():
@@ -46,10 +47,10 @@ def _keeps(model: nn.Module, path: str, paths: Mapping[str, str]) -> bool:
         return True
 
 
-def _wrapper_names(model: nn.Module) -> dict[str, str]:
+def _wrapper_names(walked: Walked) -> dict[str, str]:
     """Live name -> canonical name of what belongs to wrappers."""
     found = {}
-    for live, canonical, module in walk(model):
+    for live, canonical, module in walked:
         row = live_wrapper(module)
         for name in row.own if row is not None else ():
             found[join(live, name)] = join(canonical, name)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from anycard.names.paths import join
 from anycard.torch.dtypes import PLAIN
 from anycard.torch.modules import Walked, class_wrapper, refuse_assigned_state_dict, walk
 
@@ -26,8 +27,7 @@ class Target(NamedTuple):
         name: Canonical name.
         module: The module that holds it.
         attribute: Its name there.
-        parameter: It stands in `_parameters`, else in `_buffers`.
-        own: It belongs to a wrapper (`n_averaged`), not to the model.
+        slots: The module's parameters, or its buffers.
         tensor: The tensor that stood there when the model was looked at.
         shape: Its sizes; (-1,) for an uninitialised one of a lazy module, which has none yet.
         dtype: Its dtype.
@@ -38,8 +38,7 @@ class Target(NamedTuple):
     name: str
     module: nn.Module
     attribute: str
-    parameter: bool
-    own: bool
+    slots: Mapping[str, torch.Tensor | None]
     tensor: torch.Tensor
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -48,19 +47,32 @@ class Target(NamedTuple):
     @property
     def now(self) -> torch.Tensor:
         """The tensor that stands there by now."""
-        held = self.module._parameters if self.parameter else self.module._buffers
-        tensor = held[self.attribute]
+        tensor = self.slots[self.attribute]
         assert tensor is not None
         return tensor
 
 
+_Held = tuple[str, nn.Module, str, Mapping[str, torch.Tensor | None], torch.Tensor]  # a target's first fields
+
+
+class Columns(NamedTuple):
+    """Targets by what is known of them; a model has so many that each step for each of them is felt."""
+
+    names: Sequence[str]
+    tensors: Sequence[torch.Tensor]
+    shapes: Sequence[tuple[int, ...]]
+    dtypes: Sequence[torch.dtype]
+    plain: Sequence[bool]
+
+
 @dataclass
 class Survey:
-    """What one look at a model tells; a model has so many tensors that each look at all of them is felt.
+    """What one look at a model tells.
 
     Attributes:
         walked: Every module.
-        targets: Every parameter and persistent buffer of the model, by its name; ties come under each name.
+        held: Every parameter and persistent buffer of the model; ties come under each name.
+        columns: The same.
         own: Those that belong to its wrappers.
         self_loaders: Modules that do more on load than copy tensors by name.
         extras: Modules with an extra state.
@@ -69,12 +81,23 @@ class Survey:
     """
 
     walked: Walked
-    targets: dict[str, Target] = field(default_factory=dict)
-    own: list[Target] = field(default_factory=list)
-    self_loaders: list[tuple[str, str, nn.Module]] = field(default_factory=list)
-    extras: list[tuple[str, str, nn.Module]] = field(default_factory=list)
-    hidden: set[str] = field(default_factory=set)
-    bare: list[tuple[str, torch.Tensor, nn.Module]] = field(default_factory=list)
+    held: list[_Held]
+    columns: Columns
+    own: list[Target]
+    self_loaders: list[tuple[str, str, nn.Module]]
+    extras: list[tuple[str, str, nn.Module]]
+    hidden: set[str]
+    bare: list[tuple[str, torch.Tensor, nn.Module]]
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        """What there is to fill, by its name."""
+        return {target.name: target for target in _targets(self.held, self.columns)}
+
+    @property
+    def usual(self) -> bool:
+        """All there is to it are plain tensors with memory, which a load copies by their names."""
+        return all(self.columns.plain) and not (self.own or self.self_loaders or self.extras or self.bare)
 
 
 class _Habits(NamedTuple):
@@ -92,58 +115,78 @@ def survey(model: nn.Module) -> Survey:
         CheckpointError: `model.state_dict` was overwritten by an assignment.
     """
     walked = walk(model)
-    refuse_assigned_state_dict(model, walked)
-    habits = {kind: _habits(kind) for kind in {type(module) for _, _, module in walked}}
-    found = Survey(walked)
-    held: list[_Held] = []
-    passing: list[_Held] = []
-    for _, path, module in walked:
-        prefix = f"{path}." if path else ""
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                held.append((prefix + name, module, name, True, False, tensor))
-        if module._buffers:
-            own = habits[type(module)].wrapper or ()
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    rows = passing if name in module._non_persistent_buffers_set else held
-                    rows.append((prefix + name, module, name, False, name in own, buffer))
-            found.hidden.update(prefix + name for name in module._non_persistent_buffers_set)
-    targets = _targets(held)
-    found.targets = {target.name: target for target in targets if not target.own}
-    found.own = [target for target in targets if target.own]
-    found.bare = [(row[0], row[5], row[1]) for row in (*held, *passing) if row[5].is_meta]
-    odd = {id(row[1]) for row in (*held, *passing) if type(row[5]) not in PLAIN}
-    found.extras = [row for row in walked if habits[type(row[2])].extra_state]
-    found.self_loaders = [row for row in walked if _loads_itself(row[2], habits[type(row[2])], odd)]
-    return found
+    refuse_assigned_state_dict(walked)
+    habits = {kind: _habits(kind) for kind in {type(row[2]) for row in walked}}
+    everything: list[_Held] = [
+        (f"{path}.{name}" if path else name, module, name, slots, tensor)
+        for _, path, module in walked
+        for slots in (module._parameters, module._buffers)
+        if slots
+        for name, tensor in slots.items()
+        if tensor is not None
+    ]
+    hidden = {join(path, n) for _, path, m in walked if m._buffers for n in m._non_persistent_buffers_set}
+    held = [row for row in everything if not _passes(row)] if hidden else everything
+    own: list[_Held] = []
+    if any(habit.wrapper for habit in habits.values()):
+        own = [row for row in held if row[2] in (habits[type(row[1])].wrapper or ()) and row[3] is row[1]._buffers]
+        mine = set(map(id, own))
+        held = [row for row in held if id(row) not in mine]
+    columns = _columns(held)
+    odd: set[int] = set()
+    bare: list[tuple[str, torch.Tensor, nn.Module]] = []
+    if hidden or own or not all(columns.plain):
+        odd = {id(row[1]) for row in everything if type(row[4]) not in PLAIN}
+        bare = [(row[0], row[4], row[1]) for row in everything if row[4].is_meta]
+    loaders, extras = _with_code_of_their_own(walked, habits, odd)
+    return Survey(walked, held, columns, _targets(own, _columns(own)), loaders, extras, hidden, bare)
 
 
-_Held = tuple[str, nn.Module, str, bool, bool, torch.Tensor]  # as the first of a target's fields
+def _passes(row: _Held) -> bool:
+    """It is a buffer that is not stored."""
+    _, module, name, slots, _ = row
+    return slots is module._buffers and name in module._non_persistent_buffers_set
 
 
-def _targets(held: Sequence[_Held]) -> list[Target]:
-    if not held:
-        return []
-    *columns, tensors = zip(*held, strict=True)
+def _columns(held: Sequence[_Held]) -> Columns:
+    tensors = [row[4] for row in held]
     strided = torch.strided
     known = {*map(type, tensors)} <= PLAIN
-    shapes = [tuple(t.shape) if known or not is_lazy(t) else (-1,) for t in tensors]
+    shapes: list[tuple[int, ...]] = [t.shape if known or not is_lazy(t) else (-1,) for t in tensors]
     plain = [
-        type(t) in PLAIN and t.is_cpu and t.layout is strided and t.is_contiguous() and not t.is_neg() for t in tensors
+        (known or type(t) in PLAIN) and t.is_cpu and t.layout is strided and t.is_contiguous() and not t.is_neg()
+        for t in tensors
     ]
     dtypes = [t.dtype for t in tensors]
     if any(dtype.is_complex for dtype in set(dtypes)):
         plain = [known and not t.is_conj() for known, t in zip(plain, tensors, strict=True)]
-    made = partial(tuple.__new__, Target)  # a third of the time of calls of the class
-    return list(map(made, zip(*columns, tensors, shapes, dtypes, plain, strict=True)))
+    return Columns([row[0] for row in held], tensors, shapes, dtypes, plain)
 
 
-def _loads_itself(module: nn.Module, habits: _Habits, odd: Collection[int]) -> bool:
-    if habits.wrapper is not None:
-        return False
-    hooked = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
-    return bool(habits.loads_itself or hooked or id(module) in odd)
+def _targets(held: Sequence[_Held], columns: Columns) -> list[Target]:
+    rows = zip(held, columns.shapes, columns.dtypes, columns.plain, strict=True)
+    return [Target(*row, tuple(shape), dtype, plain) for row, shape, dtype, plain in rows]
+
+
+_Walked = list[tuple[str, str, nn.Module]]
+
+
+def _with_code_of_their_own(
+    walked: Walked, habits: Mapping[type[nn.Module], _Habits], odd: Collection[int]
+) -> tuple[_Walked, _Walked]:
+    """Modules that load themselves, by class, by hooks or since they hold an odd tensor; those with an extra state."""
+    special = {kind for kind, habit in habits.items() if habit != (None, False, False)}
+    loaders, extras = [], []
+    for row in walked:
+        module = row[2]
+        hooked = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
+        if hooked or type(module) in special or (odd and id(module) in odd):
+            habit = habits[type(module)]
+            if habit.extra_state:
+                extras.append(row)
+            if habit.wrapper is None and (habit.loads_itself or hooked or id(module) in odd):
+                loaders.append(row)
+    return loaders, extras
 
 
 def _habits(kind: type[nn.Module]) -> _Habits:

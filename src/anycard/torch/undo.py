@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import ctypes
-import itertools
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, chain
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from anycard.disk.keeping import keep
+from anycard.disk.vectors import memory
 from anycard.errors import CheckpointError
-from anycard.torch.dtypes import is_plain
+from anycard.torch.dtypes import TO_TORCH, is_plain
+from anycard.torch.reading import Filling
+
+_Form = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]  # dtype, sizes, strides
 
 
 class _Copy:
-    """The bytes of dense CPU tensors, one after the other: a copy of each by itself takes far longer."""
+    """The bytes of dense CPU tensors, one after the other: a copy of each by itself takes far longer.
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = tensors
-        self._sizes = [tensor.nbytes for tensor in tensors]
-        self._memory = torch.empty(sum(self._sizes), dtype=torch.uint8, device="cpu")
-        self._places = list(itertools.accumulate(self._sizes, initial=self._memory.data_ptr()))[:-1]
-        self._addresses = [tensor.data_ptr() for tensor in tensors]
-        self._forms = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
-        collections.deque(map(ctypes.memmove, self._places, self._addresses, self._sizes), maxlen=0)
+    Attributes:
+        forms: Gives the tensors' forms; asked only when they are to be given back.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        addresses: Sequence[int],
+        sizes: Sequence[int],
+        forms: Callable[[], Iterable[_Form]],
+    ) -> None:
+        self._tensors, self._addresses, self._sizes, self._forms = tensors, addresses, sizes, forms
+        self._source = keep(addresses, sizes)
+        self.close = self._source.close
 
     def back(self) -> None:
         """Give the tensors their bytes back; new memory to those that have been given other memory meanwhile."""
-        rows = zip(self._tensors, self._places, self._addresses, self._sizes, self._forms, strict=True)
+        places = list(accumulate(self._sizes, initial=0))[:-1]
+        rows = zip(self._tensors, places, self._addresses, self._sizes, self._forms(), strict=True)
         for tensor, place, address, nbytes, (dtype, shape, stride) in rows:
             if tensor.is_cpu and tensor.dtype == dtype and tensor.nbytes == nbytes and tensor.data_ptr() == address:
-                ctypes.memmove(address, place, nbytes)
+                self._source.read_into(place, memory(address, nbytes))
             elif nbytes:
-                first = place - self._memory.data_ptr()
-                old = self._memory[first : first + nbytes].clone().view(dtype)
-                tensor.data = old.as_strided(shape, stride)
+                old = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+                self._source.read_into(place, memory(old.data_ptr(), nbytes))
+                tensor.data = old.view(dtype).as_strided(shape, stride)
 
 
 class Undo:
@@ -50,35 +60,63 @@ class Undo:
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
+        self._copies: list[_Copy] = []
         self.lost: tuple[str, ...] = ()
         self.started = False
+
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for copy in self._copies:
+            copy.close()
 
     def then(self, step: Callable[[], None]) -> None:
         """Remember how to take back one change that is about to be made."""
         self._steps.append(step)
 
-    def keep_bytes(self, tensors: Iterable[torch.Tensor], dense: Iterable[torch.Tensor] = ()) -> None:
-        """Copy the values of tensors that are about to be written.
-
-        Args:
-            dense: More of them, of which it is known that they lie on the CPU without gaps.
-        """
-        plain = list(dense)
+    def keep_bytes(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Copy the values of tensors that are about to be written."""
+        plain = []
         kept = []
         for tensor in tensors:
             if is_plain(tensor) and tensor.is_cpu:
                 plain.append(tensor)
             elif not (is_lazy(tensor) or tensor.is_meta):
                 kept.append((tensor, tensor.detach().clone()))
-        copy = _Copy(plain)
+        forms: list[_Form] = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in plain]
+        self._keep(plain, [tensor.data_ptr() for tensor in plain], [tensor.nbytes for tensor in plain], lambda: forms)
 
         def back() -> None:
             with torch.no_grad():
                 for tensor, old in kept:
                     tensor.detach().copy_(old)
-            copy.back()
 
-        self.then(back)
+        if kept:
+            self.then(back)
+
+    def keep_filled(self, filling: Filling) -> None:
+        """Copy the values of what is about to be filled."""
+        self.keep_bytes([fill.tensor for fill in filling.staged])
+        addresses = list(chain.from_iterable(reads.addresses for _, reads in filling.reads))
+        sizes = list(chain.from_iterable(reads.nbytes for _, reads in filling.reads))
+
+        def forms() -> Iterable[_Form]:  # they are what is stored: else no bytes would go straight
+            return ((TO_TORCH[f.info.dtype], f.info.shape, f.info.stride) for f in filling.straight)
+
+        self._keep([fill.tensor for fill in filling.straight], addresses, sizes, forms)
+
+    def _keep(
+        self,
+        tensors: Sequence[torch.Tensor],
+        addresses: Sequence[int],
+        sizes: Sequence[int],
+        forms: Callable[[], Iterable[_Form]],
+    ) -> None:
+        if tensors:
+            copy = _Copy(tensors, addresses, sizes, forms)
+            self._copies.append(copy)
+            self.then(copy.back)
 
     def keep_slots(self, module: nn.Module) -> None:
         """Remember which tensors stand in a module's parameters and buffers, and the memory they have."""
@@ -89,9 +127,9 @@ class Undo:
             for slots, old in held:
                 slots.clear()
                 slots.update(old)  # type: ignore[arg-type]
-            for parameter, memory in data:
+            for parameter, values in data:
                 if not parameter.is_meta:
-                    parameter.data = memory
+                    parameter.data = values
 
         self.then(back)
 

@@ -12,6 +12,7 @@ from anycard.plans.load_plan import LoadPlan
 from anycard.plans.matching import Match, Only, Rename
 from anycard.tensors import DTYPES, TensorInfo
 from anycard.torch.dtypes import TO_TORCH
+from anycard.torch.reading import Fill
 from anycard.torch.self_loading import Trace
 from anycard.torch.survey import Target
 
@@ -52,7 +53,7 @@ class Work:
     """A plan, and the live things that it speaks of.
 
     Attributes:
-        fills: Target -> stored tensor; one target for each distinct tensor of the model.
+        fills: One for each distinct tensor of the model.
         counters: Batch norms' counters that old files lack; they stay, or start at 0.
         called: Modules that load themselves and have to be called with real tensors.
         hooked: Modules whose own hooks run after the load.
@@ -64,7 +65,7 @@ class Work:
     plan: LoadPlan
     model: nn.Module
     match: Match
-    fills: list[tuple[Target, TensorInfo]] = field(default_factory=list)
+    fills: list[Fill] = field(default_factory=list)
     counters: list[Target] = field(default_factory=list)
     called: list[OwnLoader] = field(default_factory=list)
     hooked: list[nn.Module] = field(default_factory=list)

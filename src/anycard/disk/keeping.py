@@ -1,0 +1,63 @@
+"""A copy of many places in memory, made by few system calls, for the case that they have to be put back.
+
+Linux has files that lie in memory and have no name (memfd_create(2)): to copy thousands of small tensors into one
+takes less than half of what a copy of each takes. Few large ones are copied into memory of the process, which may
+have been in use before; a file's pages are always fresh.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+
+from anycard.disk import vectors
+from anycard.disk.source import FileSource, MemorySource, Source
+from anycard.disk.threads import in_threads
+from anycard.disk.transfer import Batch, Pieces, Reads
+from anycard.limits import DEFAULT, Limits
+
+_NAME = "the way back"
+_SMALL = 64 << 10  # bytes of the average place
+
+
+def keep(addresses: Sequence[int], nbytes: Sequence[int], *, limits: Limits = DEFAULT) -> Source:
+    """What stands in these places now, one after the other; to be closed when it is of no more use.
+
+    The places are to be alive and of the sizes given.
+    """
+    fd = _unnamed_file() if sum(nbytes) < _SMALL * len(nbytes) else -1
+    if fd < 0:
+        return _in_memory(addresses, nbytes)
+
+    def write(batch: Batch) -> None:
+        done, total, left = 0, int(batch.table[:, 1].sum()), batch.table
+        while done < total:
+            done += vectors.write_table(fd, batch.start + done, left)
+            left = vectors.rest_of(batch.table, done) if done < total else left
+
+    try:
+        offsets = list(accumulate(nbytes, initial=0))[:-1]
+        pieces = Pieces(Reads(offsets, nbytes, addresses, ()), limits)
+        in_threads(list(pieces.batches(limits)), write, limits.threads)
+    except OSError:  # no room for files in memory (a container may bound them)
+        os.close(fd)
+        return _in_memory(addresses, nbytes)
+    except BaseException:
+        os.close(fd)
+        raise
+    return FileSource(_NAME, fd, owned=True)
+
+
+def _unnamed_file() -> int:
+    """A descriptor; -1 where the system has none to give."""
+    if not (hasattr(os, "memfd_create") and vectors.THERE):
+        return -1
+    try:
+        return os.memfd_create("anycard")
+    except OSError:
+        return -1
+
+
+def _in_memory(addresses: Sequence[int], nbytes: Sequence[int]) -> Source:
+    return MemorySource(_NAME, b"".join(map(vectors.memory, addresses, nbytes)))
