@@ -6,8 +6,10 @@ Where archives are odd, this takes what torch's reader (miniz) takes, which is w
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import repeat
+from operator import add, le
 from typing import NamedTuple
 
 from anycard.disk.source import Source
@@ -19,6 +21,8 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 # Of both only what is looked at; the rest is passed over.
 _ENTRY = struct.Struct("<4s4x2H4x3L3H8xL")
 _LOCAL = struct.Struct("<4s22x2H")
+_MARK = b"PK\x01\x02"
+_FIXED = struct.Struct("<4x2H4x3LHL8xL")  # an entry without the mark; its extra field and comment as one number
 _FULL = 0xFFFFFFFF
 # How far from the end miniz looks for the end record: in blocks of 4,096 bytes that overlap by 3, until
 # 64 KiB and a record are behind it. What lies after the record is a comment, or was appended.
@@ -55,8 +59,57 @@ def read_directory(source: Source, limits: Limits) -> dict[str, Record]:
     if size > limits.index_nbytes:
         raise FormatError(f"the zip directory claims {size:,} bytes", offset=start)
     data = source.read(start, size) if count else b""
+    return _usual(source, data, count, start) or _one_by_one(source, data, count, start)
+
+
+def _usual(source: Source, data: bytes, count: int, start: int) -> dict[str, Record] | None:
+    """The records of a directory that has nothing but stored ones in the order of the file, a column at a time.
+
+    None for any other, be it good or bad.
+    """
+    if not count or data.count(_MARK) != count or not data.startswith(_MARK):
+        return None
+    entries = data.split(_MARK)[1:]
+    try:
+        rows = _FIXED.iter_unpack(b"".join([entry[: _FIXED.size] for entry in entries]))
+        flags, methods, crcs, stored, sizes, name_sizes, more, headers = zip(*rows, strict=True)
+    except (struct.error, ValueError):
+        return None
+    names = [entry[_FIXED.size :] for entry in entries]
+    spare = any(flag & 0x2061 for flag in set(flags)) or any(set(methods)) or any(set(more))
+    if spare or stored != sizes or max(stored) == _FULL or max(headers) == _FULL:
+        return None
+    if list(map(len, names)) != list(name_sizes) or len(set(names)) < count:
+        return None
+    offsets = _data_offsets(source, headers, names)
+    ends = list(map(add, offsets or (), stored))
+    if offsets is None or not all(map(le, ends, (*headers[1:], start))):
+        return None
+    text = [name.decode("utf-8", "surrogateescape") for name in names]
+    made = map(_RECORD, zip(text, offsets, sizes, stored, crcs, repeat(False), strict=False))
+    records = dict(zip(text, made, strict=True))
+    return records if all(crcs) else _without_crc(records)
+
+
+def _data_offsets(source: Source, headers: Sequence[int], names: Sequence[bytes]) -> list[int] | None:
+    """Where each record's data begins; None where a local header is not what the directory says."""
+    lengths = [_LOCAL.size + len(name) for name in names]
+    if max(map(add, headers, lengths)) > source.size:
+        return None
+    locals_ = source.read_each(headers, lengths)
+    fixed = b"".join([held[: _LOCAL.size] for held in locals_])
+    marks, name_sizes, extra_sizes = zip(*_LOCAL.iter_unpack(fixed), strict=True)
+    if {*marks} != {b"PK\x03\x04"} or list(name_sizes) != list(map(len, names)):
+        return None
+    if [held[_LOCAL.size :] for held in locals_] != names:
+        return None
+    return list(map(add, map(add, headers, lengths), extra_sizes))
+
+
+def _one_by_one(source: Source, data: bytes, count: int, start: int) -> dict[str, Record]:
+    """The records of any directory, each looked at by itself."""
     records: dict[str, Record] = {}
-    ranges = [(start, start + size, "the directory")]
+    ranges = [(start, start + len(data), "the directory")]
     at = 0
     for _ in range(count):
         record, header, at = _entry(source, data, at, start)
@@ -135,7 +188,7 @@ def _entry(source: Source, data: bytes, at: int, base: int) -> tuple[Record, int
     if at + _ENTRY.size > len(data):
         raise FormatError("the zip directory ends within a record", offset=base + at)
     mark, flags, method, crc, stored, nbytes, name_size, extra_size, comment_size, header = _ENTRY.unpack_from(data, at)
-    if mark != b"PK\x01\x02":
+    if mark != _MARK:
         raise FormatError("the zip directory is damaged", offset=base + at)
     name_end = at + _ENTRY.size + name_size
     end = name_end + extra_size + comment_size

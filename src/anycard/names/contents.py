@@ -66,9 +66,9 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
                 found.objects[join(path, name)] = value
                 found.above[join(path, name)] = inside
         arrays = holds_weights(obj)
-        if all(type(child) is TensorInfo for _, child in children) and (arrays or not isinstance(obj, Mapping)):
+        if {type(child) for _, child in children} == {TensorInfo} and (arrays or not isinstance(obj, Mapping)):
             count.one(repeated, len(children))
-            held: dict[str, TensorInfo] = {join(path, name): child for name, child in children}  # type: ignore[misc]
+            held: dict[str, TensorInfo] = {join(path, n) if path else n: child for n, child in children}  # type: ignore[misc]
             if len(held) == len(children) and held.keys().isdisjoint(found.tensors):
                 found.tensors.update(held)
                 continue
@@ -136,6 +136,8 @@ def holds_weights(obj: object) -> bool:
     """numpy arrays in it are weights, as in a state dict of arrays: it is a dict of nothing but arrays and tensors."""
     if not isinstance(obj, Mapping):
         return False
+    if set(map(type, obj.values())) <= {TensorInfo}:
+        return True
     return all(type(value) is TensorInfo or str(name).endswith("_extra_state") for name, value in obj.items())
 
 
@@ -148,7 +150,7 @@ def items(mapping: object) -> Iterator[tuple[str, object]]:
 
 def _children(obj: object) -> list[tuple[str, object]]:
     if isinstance(obj, Mapping):
-        return [(str(name), value) for name, value in obj.items()]
+        return list(obj.items()) if set(map(type, obj)) <= {str} else [(str(name), held) for name, held in obj.items()]
     if isinstance(obj, (list, tuple)):
         return [(str(index), value) for index, value in enumerate(obj)]
     return list(_inert_children(obj)) if isinstance(obj, Inert) else []

@@ -108,8 +108,8 @@ def _descend(obj: object, key: str, found: Found, depth: int, known: bool) -> No
 
 def _descend_mapping(obj: Mapping[Any, Any], key: str, found: Found, depth: int, known: bool) -> None:
     weights = holds_weights(obj)
-    if weights and obj and all(type(value) is TensorInfo for value in obj.values()):
-        tensors = {str(name): value for name, value in obj.items()}
+    if weights and set(map(type, obj.values())) == {TensorInfo}:
+        tensors = dict(obj) if set(map(type, obj)) == {str} else {str(name): value for name, value in obj.items()}
         flat = StateDict(key, tensors, metadata=_metadata(obj))
         found.dicts.append(flat if len(tensors) == len(obj) else _from_mapping(obj, key))
         return

@@ -130,7 +130,7 @@ def _best(matches: Sequence[Match], shapes: Mapping[str, tuple[int, ...]], path:
         return max(matches, key=lambda m: (not m.prefix, len(m.names)))  # the plan says that nothing fits
     top = [m for m in matches if (m.exact, m.hits) == best]
     whole = [m for m in top if not m.prefix]
-    chosen = _distinct(whole or top, shapes)
+    chosen = _distinct(whole or top, shapes) if len(whole or top) > 1 else whole or top
     if len(chosen) > 1:
         raise ChoiceError(
             f"{path} holds {len(chosen)} state dicts that fit equally well: "
@@ -153,7 +153,7 @@ def _distinct(matches: list[Match], shapes: Mapping[str, object]) -> list[Match]
 def _readings(candidate: StateDict, shapes: Mapping[str, tuple[int, ...]], rename: Rename | None) -> list[Match]:
     """The candidate from its top, and from every prefix that its names vote for."""
     if rename is None and candidate.canonical is None and has_no_segments(candidate.tensors):
-        names = {name: name for name in candidate.tensors}
+        names = dict(zip(candidate.tensors, candidate.tensors, strict=True))
         if shapes and shapes.keys() <= names.keys():  # what the reading from the top would find, name by name
             return [Match(candidate, "", names, (), hits=len(shapes))]
     variants = _variants(candidate)

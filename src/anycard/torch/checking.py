@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from anycard.checkpoint import tensor_bytes
 from anycard.errors import CheckpointError, DeviceError, MismatchError
 from anycard.tensors import span_numel
-from anycard.torch.reading import Fill, read_tensor
+from anycard.torch.reading import Fill, Fills, read_tensor
 from anycard.torch.work import Options, Work
 from anycard.warning import warn
 
@@ -51,7 +51,7 @@ def _check_data_parallel(model: nn.Module, options: Options) -> None:
 
 
 def _check_layouts(work: Work) -> None:
-    for fill in [fill for fill in work.fills if not fill.plain]:
+    for fill in work.fills if not all(work.fills.plain) else ():
         if is_lazy(fill.tensor) or fill.tensor.layout is torch.strided:
             continue
         layout = str(fill.tensor.layout).removeprefix("torch.")
@@ -99,11 +99,12 @@ def _contradiction(a: str, b: str, work: Work) -> MismatchError:
     )
 
 
-def _overlapping(fills: Sequence[Fill]) -> list[list[Fill]]:
+def _overlapping(fills: Fills) -> list[list[Fill]]:
     """Tensors that are different views of the same memory, such as a transposed tie."""
     if _plainly_apart(fills):
         return []
-    extents = sorted([(*_extent(fill), index) for index, fill in enumerate(fills)])
+    rows = list(fills)
+    extents = sorted([(*_extent(fill), index) for index, fill in enumerate(rows)])
     groups: list[list[int]] = []
     reach = -1
     for start, end, index in extents:
@@ -112,15 +113,14 @@ def _overlapping(fills: Sequence[Fill]) -> list[list[Fill]]:
         else:
             groups.append([index])
         reach = max(reach, end)
-    return [[fills[index] for index in sorted(group)] for group in groups if len(group) > 1]
+    return [[rows[index] for index in sorted(group)] for group in groups if len(group) > 1]
 
 
-def _plainly_apart(fills: Sequence[Fill]) -> bool:
-    if not all(fill.plain for fill in fills):
+def _plainly_apart(fills: Fills) -> bool:
+    if not all(fills.plain):
         return False
-    tensors = [fill.tensor for fill in fills]
-    starts = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
-    ends = starts + np.array([tensor.nbytes for tensor in tensors], np.uint64)
+    starts = np.array(fills.addresses, np.uint64)
+    ends = starts + np.array([tensor.nbytes for tensor in fills.tensors], np.uint64)
     order = np.argsort(starts)
     return bool((ends[order[:-1]] <= starts[order[1:]]).all())
 

@@ -20,7 +20,7 @@ from anycard.torch.calling import call_loaders, check_extras, run_post_hooks, se
 from anycard.torch.dtypes import PLAIN, is_plain
 from anycard.torch.mapping import Mappings
 from anycard.torch.modules import walk
-from anycard.torch.reading import Fill, prepare
+from anycard.torch.reading import Fill, Fills, prepare
 from anycard.torch.undo import Undo
 from anycard.torch.work import Options, Work, final_dtype
 
@@ -35,9 +35,9 @@ class _Places:
         inplace: Tensors that are written where they are.
     """
 
-    new: list[Fill] = field(default_factory=list)
+    new: Fills = field(default_factory=Fills)
     old: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    inplace: list[Fill] = field(default_factory=list)
+    inplace: Fills = field(default_factory=Fills)
 
 
 def fill(
@@ -72,32 +72,33 @@ def fill(
 
 
 def _allocate(work: Work, options: Options) -> _Places:
-    places = _Places()
     as_it_is = options.device is None and options.dtype is None
     mappings = Mappings() if options.mmap else None
-    if as_it_is and mappings is None and all(fill.plain for fill in work.fills):
-        places.inplace = work.fills
-        return places
+    if as_it_is and mappings is None and all(work.fills.plain):
+        return _Places(inplace=work.fills)
+    new: list[Fill] = []
+    old: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    inplace: list[Fill] = []
     for given in work.fills:
         own, info, name, plain, _ = given
         if as_it_is and plain and mappings is None:
-            places.inplace.append(given)
+            inplace.append(given)
             continue
         if mappings is not None and (mapped := _mapped(mappings, own, info, options)) is not None:
-            places.old[id(own)] = (own, mapped)
+            old[id(own)] = (own, mapped)
             continue
         if as_it_is and is_plain(own) and not own.is_meta:
-            places.inplace.append(Fill(own, info, name))
+            inplace.append(Fill(own, info, name))
             continue
         device = options.device or (torch.device("cpu") if own.is_meta else own.device)
         dtype = final_dtype(own.dtype, info, options.dtype)
         if own.dtype == dtype and own.device == device and not own.is_meta and _writable(own):
-            places.inplace.append(Fill(own, info, name))
+            inplace.append(Fill(own, info, name))
             continue
         fresh = torch.empty_like(own.detach(), dtype=dtype, device=device, memory_format=_format(own))
-        places.new.append(Fill(fresh, info, name))
-        places.old[id(own)] = (own, fresh)
-    return places
+        new.append(Fill(fresh, info, name))
+        old[id(own)] = (own, fresh)
+    return _Places(Fills.of(new), old, Fills.of(inplace))
 
 
 def _mapped(mappings: Mappings, own: torch.Tensor, info: TensorInfo, options: Options) -> torch.Tensor | None:
@@ -128,15 +129,15 @@ def _apart(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _read_in_place(
-    inplace: list[Fill], done: Callable[[int], None], verify: bool, undo: Undo | None, limits: Limits
+    inplace: Fills, done: Callable[[int], None], verify: bool, undo: Undo | None, limits: Limits
 ) -> None:
     filling = prepare(inplace, check=verify)
     if undo is not None:
         straight = sum(sum(reads.nbytes) for _, reads in filling.reads)
-        if straight + sum(fill.tensor.nbytes for fill in filling.staged) <= limits.undo_nbytes:
+        if straight + sum(tensor.nbytes for tensor in filling.staged.tensors) <= limits.undo_nbytes:
             undo.keep_filled(filling)
         else:
-            undo.lost = tuple(fill.name for fill in inplace)
+            undo.lost = tuple(inplace.names)
             undo.started = True
     filling.run(done, limits=limits)
 

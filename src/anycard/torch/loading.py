@@ -140,9 +140,9 @@ def _planned(ckpt: Checkpoint, model: Any, options: Options) -> tuple[Work, Buil
     return make_work(ckpt, built.model, options), built
 
 
-def _filled(work: Work) -> list[torch.Tensor]:
+def _filled(work: Work) -> Sequence[torch.Tensor]:
     """The tensors that need no initialisation: the file gives every one of their elements."""
-    return [] if work.called else [fill.tensor for fill in work.fills]
+    return [] if work.called else work.fills.tensors
 
 
 def _options(

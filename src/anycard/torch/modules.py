@@ -90,12 +90,15 @@ def live_paths(walked: Walked) -> dict[str, str]:
     return {canonical: live for live, canonical, _ in walked}
 
 
-def refuse_assigned_state_dict(walked: Walked) -> None:
+def refuse_assigned_state_dict(rows: Walked, walked: Walked) -> None:
     """Raise where someone wrote `model.state_dict = loaded` instead of calling `load_state_dict`.
 
     A method of the same model is let be (an old adapter recipe binds one).
+
+    Args:
+        rows: Those of `walked` to look at.
     """
-    for live, _, module in [row for row in walked if "state_dict" in row[2].__dict__]:
+    for live, _, module in [row for row in rows if "state_dict" in row[2].__dict__]:
         value = module.__dict__["state_dict"]
         if value is None:
             continue

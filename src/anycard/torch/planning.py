@@ -21,7 +21,7 @@ from anycard.torch.modules import (
     live_paths,
     unwrapped,
 )
-from anycard.torch.reading import Fill
+from anycard.torch.reading import Fill, Fills
 from anycard.torch.self_loading import Trace, counts_batches, overrides_entry, trace
 from anycard.torch.survey import Survey, Target, survey
 from anycard.torch.work import Options, OwnLoader, Work, final_dtype, loses_kind
@@ -58,14 +58,15 @@ def _agreeing(ckpt: Checkpoint, seen: Survey, match: Match, options: Options) ->
     if asked or beside or not seen.usual or not len(names) == len(match.names) == match.hits:
         return None
     stored = match.source.tensors
-    infos = [stored[match.names[name]] for name in names]
+    infos = list(map(stored.__getitem__, map(match.names.__getitem__, names)))
     forms = [info.form for info in infos]
-    if [form.shape for form in forms] != shapes or [TO_TORCH.get(form.dtype) for form in forms] != dtypes:
+    known = {form: TO_TORCH.get(form.dtype) for form in set(forms)}
+    if [form.shape for form in forms] != shapes or list(map(known.__getitem__, forms)) != dtypes:
         return None
     if len(set(map(id, tensors))) < len(tensors):
         return None  # ties
     work = _begun(ckpt, seen, match)
-    work.fills = list(map(Fill._make, zip(tensors, infos, names, plain, plain, strict=True)))
+    work.fills = Fills(tensors, infos, names, plain, plain)
     work.plan.pairs = dict(match.names)
     work.plan.renamed = {held: name for name, held in match.names.items() if held != name}
     work.plan.nbytes = sum([form.nbytes for form in forms])
@@ -102,6 +103,7 @@ class _Planner:
         self.missing: list[str] = []
         self.spare_extras: list[str] = []
         self.used: set[str] = set()
+        self.fills: list[Fill] = []
 
     @cached_property
     def live(self) -> dict[str, str]:
@@ -152,7 +154,7 @@ class _Planner:
             if loses_kind(info.dtype, have):
                 self.plan.refused = (*self.plan.refused, target.name)
                 return
-        self.work.fills.append(_fill(target, info))
+        self.fills.append(_fill(target, info))
         self.plan.nbytes += info.nbytes
 
     def _absent(self, name: str, target: Target) -> None:
@@ -272,7 +274,7 @@ class _Planner:
             stored = match.wrapper_state.get(target.name)
             value = marked.get(join(match.where, target.name)) if isinstance(marked, dict) else None
             if stored is not None:
-                self.work.fills.append(_fill(target, match.source.tensors[stored]))
+                self.fills.append(_fill(target, match.source.tensors[stored]))
             elif isinstance(value, int):
                 self.work.wrapper_state.append((target, value))
             else:
@@ -300,9 +302,9 @@ class _Planner:
     def _ties(self) -> None:
         """One fill for each tensor; a name tied to a filled one is not missing."""
         names = self.work.match.names
-        self.plan.pairs = {fill.name: names.get(fill.name, fill.name) for fill in self.work.fills}
+        self.plan.pairs = {fill.name: names.get(fill.name, fill.name) for fill in self.fills}
         groups: dict[int, list[Fill]] = {}
-        for fill in self.work.fills:
+        for fill in self.fills:
             groups.setdefault(id(fill.tensor), []).append(fill)
         for group in groups.values():
             first = group[0]
@@ -311,7 +313,7 @@ class _Planner:
                     self.work.conflicts.append((first.name, first.info, other.name, other.info))
                     self.plan.conflicts = (*self.plan.conflicts, (first.name, other.name))
         self.missing = [n for n in self.missing if n not in self.wanted or id(self.wanted[n].tensor) not in groups]
-        self.work.fills = [group[0] for group in groups.values()]
+        self.work.fills = Fills.of([group[0] for group in groups.values()])
 
     def _leftovers(self) -> None:
         hidden = self.seen.hidden
@@ -326,7 +328,7 @@ class _Planner:
         self.plan.missing = tuple(dict.fromkeys(self.missing))
         if bare := self.seen.bare:
             called = {id(m) for loader in self.work.called for m in loader.module.modules()}
-            filled = {id(fill.tensor) for fill in self.work.fills}
+            filled = set(map(id, self.work.fills.tensors))
             filled |= {id(target.tensor) for target in self.work.counters}
             self.plan.unfillable = tuple(
                 name for name, tensor, module in bare if id(module) not in called and id(tensor) not in filled

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -39,6 +40,33 @@ class Fill(NamedTuple):
     alike: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Fills:
+    """Many of them, in columns: each step for each tensor of a model is felt."""
+
+    tensors: Sequence[torch.Tensor] = ()
+    infos: Sequence[TensorInfo] = ()
+    names: Sequence[str] = ()
+    plain: Sequence[bool] = ()
+    alike: Sequence[bool] = ()
+
+    @classmethod
+    def of(cls, rows: Iterable[Fill]) -> Fills:
+        """From rows."""
+        return cls(*columns) if (columns := list(zip(*rows, strict=True))) else cls()
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __iter__(self) -> Iterator[Fill]:
+        return map(Fill, self.tensors, self.infos, self.names, self.plain, self.alike)
+
+    @property
+    def addresses(self) -> list[int]:
+        """Where the tensors' elements begin now."""
+        return [tensor.data_ptr() for tensor in self.tensors]
+
+
 @dataclass
 class Filling:
     """What filling some tensors comes to.
@@ -49,9 +77,9 @@ class Filling:
         staged: What takes a copy, one at a time.
     """
 
-    straight: list[Fill]
+    straight: Fills
     reads: list[tuple[Source, Reads]]
-    staged: list[Fill]
+    staged: Fills
 
     def run(self, done: Callable[[int], None] | None = None, *, limits: Limits = DEFAULT) -> None:
         """Write the stored tensors into the model's.
@@ -63,57 +91,62 @@ class Filling:
             for source, reads in self.reads:
                 run_reads(source, reads, done, limits=limits)
         finally:  # writing by address is nothing that autograd sees
-            _increment_versions([fill.tensor for fill in self.straight])
+            _increment_versions(self.straight.tensors)
         with torch.no_grad():
-            for fill in self.staged:
-                tensor = fill.tensor
-                tensor.detach().copy_(read_tensor(fill.info, fill.name, limits=limits).reshape(tensor.shape))
+            for tensor, info, name, _, _ in self.staged:
+                tensor.detach().copy_(read_tensor(info, name, limits=limits).reshape(tensor.shape))
                 if done is not None:
-                    done(fill.info.nbytes)
+                    done(info.nbytes)
 
 
-def _increment_versions(tensors: list[torch.Tensor]) -> None:
+def _increment_versions(tensors: Sequence[torch.Tensor]) -> None:
     try:
         torch.autograd.graph.increment_version(tensors)
     except RuntimeError:  # those made in inference mode have none
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
-def prepare(fills: Sequence[Fill], *, check: bool = True) -> Filling:
+def prepare(fills: Fills, *, check: bool = True) -> Filling:
     """See which tensors the bytes can go straight into; their memory is not to change until they have.
 
     Args:
         check: Compare CRCs while the bytes are warm, where a tensor is all of its storage.
     """
-    straight, staged = fills, []
+    straight, staged = fills, Fills()
     if not _all_straight(fills):
-        goes = [_goes_straight(fill) for fill in fills]
-        straight = [fill for fill, good in zip(fills, goes, strict=True) if good]
-        staged = [fill for fill, good in zip(fills, goes, strict=True) if not good]
-    groups: dict[Any, list[Fill]] = {}  # by the source, which all of these have
-    for fill in straight:
-        groups.setdefault(fill.info.storage.source, []).append(fill)
-    straight = [fill for group in groups.values() for fill in group]
-    return Filling(straight, [(source, _reads(group, check)) for source, group in groups.items()], staged)
+        rows = [(fill, _goes_straight(fill)) for fill in fills]
+        straight = Fills.of([fill for fill, goes in rows if goes])
+        staged = Fills.of([fill for fill, goes in rows if not goes])
+    sources = [info.storage.source for info in straight.infos]
+    if len(set(sources)) > 1:
+        groups: dict[Source | None, list[Fill]] = {source: [] for source in sources}
+        for source, fill in zip(sources, straight, strict=True):
+            groups[source].append(fill)
+        several = {source: Fills.of(group) for source, group in groups.items()}
+        straight = Fills.of(chain.from_iterable(groups.values()))
+    else:
+        several = dict.fromkeys(sources[:1], straight)
+    reads = [(source, _reads(group, check)) for source, group in several.items() if source is not None]
+    return Filling(straight, reads, staged)
 
 
-def _reads(fills: Sequence[Fill], check: bool) -> Reads:
-    tensors, infos, names, _, _ = zip(*fills, strict=True)
+def _reads(fills: Fills, check: bool) -> Reads:
+    infos = fills.infos
     storages = [info.storage for info in infos]
-    offsets = [info.start + storage.offset for info, storage in zip(infos, storages, strict=True)]
+    offsets = [info.start + storage.offset for info, storage in zip(infos, storages, strict=True)]  # type: ignore[operator]
     nbytes = [info.form.nbytes for info in infos]
     crcs: list[int | None] = []
     if check:
         rows = zip(infos, storages, nbytes, strict=True)
         crcs = [store.crc if info.start == 0 and size == store.nbytes else None for info, store, size in rows]
-    return Reads(offsets, nbytes, [tensor.data_ptr() for tensor in tensors], names, crcs)
+    return Reads(offsets, nbytes, fills.addresses, fills.names, crcs)
 
 
-def _all_straight(fills: Sequence[Fill]) -> bool:
+def _all_straight(fills: Fills) -> bool:
     """All go straight, as a look at all at once tells; there may be others of which all do."""
-    forms = {fill.info.form for fill in fills}
+    forms = {info.form for info in fills.infos}
     rows = all(form.row_major and not (form.conj or form.neg) for form in forms)
-    return rows and all(fill.alike for fill in fills) and _all_in_files({fill.info.storage for fill in fills})
+    return rows and all(fills.alike) and _all_in_files({info.storage for info in fills.infos})
 
 
 def _all_in_files(storages: Iterable[Storage]) -> bool:
@@ -162,7 +195,7 @@ def read_tensor(info: TensorInfo, name: str = "", *, limits: Limits = DEFAULT) -
     """
     tensor = empty_for(info)
     if tensor is not None:
-        prepare([Fill(tensor, info, name or f"storage {info.storage.key}")]).run(limits=limits)
+        prepare(Fills.of([Fill(tensor, info, name or f"storage {info.storage.key}")])).run(limits=limits)
         return tensor
     dtype = TO_TORCH[info.dtype]
     try:
@@ -253,7 +286,7 @@ def read_all(tensors: Mapping[str, TensorInfo], path: str, progress: Progress = 
             else:
                 done(info.nbytes)
             result[name] = made[place]
-        prepare(fills).run(done)
+        prepare(Fills.of(fills)).run(done)
     return result
 
 

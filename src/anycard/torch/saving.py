@@ -54,7 +54,8 @@ def save(obj: Any, path: Path, *, whole: bool = False, progress: Progress = None
     if whole and kind != "torch zip":
         raise ValueError("safetensors holds tensors only: save a whole model as .pt, .pth or .pkl")
     if whole:
-        refuse_assigned_state_dict(walk(obj))
+        walked = walk(obj)
+        refuse_assigned_state_dict(walked, walked)
     with uncollected():
         _save(obj, path, kind, whole, progress)
 

@@ -17,7 +17,7 @@ from anycard.torch.modules import Walked, canonical_paths, live_wrapper, refuse_
 def state_of(model: nn.Module) -> tuple[OrderedDict[str, Any], dict[str, Any]]:
     """A model's real state dict under canonical names, and the state that belongs to its wrappers."""
     walked = walk(model)
-    refuse_assigned_state_dict(walked)
+    refuse_assigned_state_dict(walked, walked)
     paths = canonical_paths(walked)
     with _real_methods(model):
         live = model.state_dict()

@@ -74,9 +74,9 @@ class Survey:
         held: Every parameter and persistent buffer of the model; ties come under each name.
         columns: The same.
         own: Those that belong to its wrappers.
+        hidden: Canonical names of the non-persistent buffers.
         self_loaders: Modules that do more on load than copy tensors by name.
         extras: Modules with an extra state.
-        hidden: Canonical names of the non-persistent buffers.
         bare: Every parameter and buffer that has no memory yet: canonical name, tensor, module.
     """
 
@@ -84,10 +84,10 @@ class Survey:
     held: list[_Held]
     columns: Columns
     own: list[Target]
-    self_loaders: list[tuple[str, str, nn.Module]]
-    extras: list[tuple[str, str, nn.Module]]
     hidden: set[str]
-    bare: list[tuple[str, torch.Tensor, nn.Module]]
+    self_loaders: Walked = ()
+    extras: Walked = ()
+    bare: Sequence[tuple[str, torch.Tensor, nn.Module]] = ()
 
     @cached_property
     def targets(self) -> dict[str, Target]:
@@ -115,17 +115,23 @@ def survey(model: nn.Module) -> Survey:
         CheckpointError: `model.state_dict` was overwritten by an assignment.
     """
     walked = walk(model)
-    refuse_assigned_state_dict(walked)
     habits = {kind: _habits(kind) for kind in {type(row[2]) for row in walked}}
-    everything: list[_Held] = [
-        (f"{path}.{name}" if path else name, module, name, slots, tensor)
-        for _, path, module in walked
-        for slots in (module._parameters, module._buffers)
-        if slots
-        for name, tensor in slots.items()
-        if tensor is not None
-    ]
-    hidden = {join(path, n) for _, path, m in walked if m._buffers for n in m._non_persistent_buffers_set}
+    special = {kind for kind, habit in habits.items() if habit != (None, False, False)}
+    everything: list[_Held] = []
+    hidden: set[str] = set()
+    apart: list[tuple[str, str, nn.Module]] = []
+    for row in walked:
+        _, path, module = row
+        slots = module._parameters
+        for name, tensor in slots.items():
+            if tensor is not None:
+                everything.append((f"{path}.{name}" if path else name, module, name, slots, tensor))
+        if module._buffers:
+            _look_at_buffers(path, module, everything, hidden)
+        hooked = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
+        if hooked or type(module) in special or "state_dict" in module.__dict__:
+            apart.append(row)
+    refuse_assigned_state_dict(apart, walked)
     held = [row for row in everything if not _passes(row)] if hidden else everything
     own: list[_Held] = []
     if any(habit.wrapper for habit in habits.values()):
@@ -133,13 +139,22 @@ def survey(model: nn.Module) -> Survey:
         mine = set(map(id, own))
         held = [row for row in held if id(row) not in mine]
     columns = _columns(held)
+    found = Survey(walked, held, columns, _targets(own, _columns(own)), hidden)
+    found.extras = [row for row in apart if habits[type(row[2])].extra_state]
     odd: set[int] = set()
-    bare: list[tuple[str, torch.Tensor, nn.Module]] = []
     if hidden or own or not all(columns.plain):
         odd = {id(row[1]) for row in everything if type(row[4]) not in PLAIN}
-        bare = [(row[0], row[4], row[1]) for row in everything if row[4].is_meta]
-    loaders, extras = _with_code_of_their_own(walked, habits, odd)
-    return Survey(walked, held, columns, _targets(own, _columns(own)), loaders, extras, hidden, bare)
+        found.bare = [(row[0], row[4], row[1]) for row in everything if row[4].is_meta]
+    found.self_loaders = [row for row in (walked if odd else apart) if _loads_itself(row[2], habits[type(row[2])], odd)]
+    return found
+
+
+def _look_at_buffers(path: str, module: nn.Module, everything: list[_Held], hidden: set[str]) -> None:
+    slots = module._buffers
+    for name, tensor in slots.items():
+        if tensor is not None:
+            everything.append((join(path, name), module, name, slots, tensor))
+    hidden.update(join(path, name) for name in module._non_persistent_buffers_set)
 
 
 def _passes(row: _Held) -> bool:
@@ -168,25 +183,11 @@ def _targets(held: Sequence[_Held], columns: Columns) -> list[Target]:
     return [Target(*row, tuple(shape), dtype, plain) for row, shape, dtype, plain in rows]
 
 
-_Walked = list[tuple[str, str, nn.Module]]
-
-
-def _with_code_of_their_own(
-    walked: Walked, habits: Mapping[type[nn.Module], _Habits], odd: Collection[int]
-) -> tuple[_Walked, _Walked]:
-    """Modules that load themselves, by class, by hooks or since they hold an odd tensor; those with an extra state."""
-    special = {kind for kind, habit in habits.items() if habit != (None, False, False)}
-    loaders, extras = [], []
-    for row in walked:
-        module = row[2]
-        hooked = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
-        if hooked or type(module) in special or (odd and id(module) in odd):
-            habit = habits[type(module)]
-            if habit.extra_state:
-                extras.append(row)
-            if habit.wrapper is None and (habit.loads_itself or hooked or id(module) in odd):
-                loaders.append(row)
-    return loaders, extras
+def _loads_itself(module: nn.Module, habits: _Habits, odd: Collection[int]) -> bool:
+    if habits.wrapper is not None:
+        return False
+    hooked = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
+    return bool(habits.loads_itself or hooked or id(module) in odd)
 
 
 def _habits(kind: type[nn.Module]) -> _Habits:

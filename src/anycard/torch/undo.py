@@ -97,14 +97,14 @@ class Undo:
 
     def keep_filled(self, filling: Filling) -> None:
         """Copy the values of what is about to be filled."""
-        self.keep_bytes([fill.tensor for fill in filling.staged])
+        self.keep_bytes(filling.staged.tensors)
         addresses = list(chain.from_iterable(reads.addresses for _, reads in filling.reads))
         sizes = list(chain.from_iterable(reads.nbytes for _, reads in filling.reads))
 
         def forms() -> Iterable[_Form]:  # they are what is stored: else no bytes would go straight
-            return ((TO_TORCH[f.info.dtype], f.info.shape, f.info.stride) for f in filling.straight)
+            return ((TO_TORCH[info.dtype], info.shape, info.stride) for info in filling.straight.infos)
 
-        self._keep([fill.tensor for fill in filling.straight], addresses, sizes, forms)
+        self._keep(filling.straight.tensors, addresses, sizes, forms)
 
     def _keep(
         self,

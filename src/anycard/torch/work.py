@@ -12,7 +12,7 @@ from anycard.plans.load_plan import LoadPlan
 from anycard.plans.matching import Match, Only, Rename
 from anycard.tensors import DTYPES, TensorInfo
 from anycard.torch.dtypes import TO_TORCH
-from anycard.torch.reading import Fill
+from anycard.torch.reading import Fills
 from anycard.torch.self_loading import Trace
 from anycard.torch.survey import Target
 
@@ -65,7 +65,7 @@ class Work:
     plan: LoadPlan
     model: nn.Module
     match: Match
-    fills: list[Fill] = field(default_factory=list)
+    fills: Fills = field(default_factory=Fills)
     counters: list[Target] = field(default_factory=list)
     called: list[OwnLoader] = field(default_factory=list)
     hooked: list[nn.Module] = field(default_factory=list)
