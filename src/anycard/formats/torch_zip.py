@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 from anycard.containers import inflated
@@ -54,7 +56,12 @@ def read_archive(archive: Archive, budget: Budget | None = None, *, nested: bool
     storages = Storages(archive)
     data = index_bytes(archive, record)
     tree, _ = read_pickle(
-        data, persistent_load=storages.load, storage=storages.storage, limits=limits, base=record.offset, budget=budget
+        data,
+        persistent_load=storages.load,
+        storages=storages.storages,
+        limits=limits,
+        base=record.offset,
+        budget=budget,
     )
     return Index("torch zip", tree, source, mark=archive.mark(), records=archive.records)
 
@@ -90,20 +97,19 @@ class Archive:
         self.records = records
         self.limits = limits
         self.kept = Kept()
-        self._by_name: dict[str, Record] = {}
+        lower = [name.lower() for name in records]
+        self._by_name = dict(zip(lower, records.values(), strict=True))
         self._twice: set[str] = set()
-        for name, record in records.items():
-            lower = name.lower()
-            if lower in self._by_name:
-                self._twice.add(lower)
-            self._by_name[lower] = record
+        if len(self._by_name) < len(records):
+            self._twice = {name for name, count in Counter(lower).items() if count > 1}
         self.kind = ""
         self._folder = self._find_folder()
 
     def _find_folder(self) -> str:
         names = self._by_name
+        text = "\n".join(names)  # there may be many, and hardly any is of use here
         for kind, tells in _KINDS:
-            folder = next((n[: -len(tells)] for n in names if n.endswith(tells)), None)
+            folder = next((n[: -len(tells)] for n in names if n.endswith(tells)), None) if tells in text else None
             if folder is not None and (not folder or (folder.endswith("/") and folder.count("/") == 1)):
                 self.kind = kind
                 return folder
@@ -126,6 +132,12 @@ class Archive:
         if self._twice and full in self._twice:
             raise FormatError(f"two records are called {short(full)!r}, but for upper and lower case")
         return self._by_name.get(full)
+
+    def find_each(self, names: Sequence[str]) -> list[Record] | None:
+        """The records of these names, which are in lower case; None where they are not all there, each once."""
+        found = list(map(self._by_name.get, [self._folder + name for name in names]))
+        held = [record for record in found if record is not None]
+        return held if len(held) == len(found) and not self._twice else None
 
     def below(self) -> dict[str, Record]:
         """The records in the folder, by their names in it."""
@@ -198,6 +210,22 @@ class Storages:
                 raise FormatError(f"storage {short(key)} has no record {short(name)} in the archive", name=short(key))
             storage = self._made[key] = storage_of(self._archive, record, key, location, self._big)
         return storage
+
+    def storages(self, keys: Sequence[str], location: str) -> list[Storage]:
+        """The storages of many keys, which are decimal numbers."""
+        records = self._archive.find_each([f"{self._folder}{key}{self._suffix}" for key in keys])
+        new = len(set(keys)) == len(keys) and self._made.keys().isdisjoint(keys)
+        if records is None or not new or isinstance(self._archive.source, MemorySource):
+            return [self.storage(key, location) for key in keys]
+        _, offsets, sizes, _, crcs, compressed = zip(*records, strict=True)
+        if any(compressed):
+            return [self.storage(key, location) for key in keys]
+        source, base = self._archive.source.origin(0)
+        places = [base + offset for offset in offsets] if base else offsets
+        same = (repeat(location), repeat(source), places, repeat(None), crcs, repeat(self._big))
+        made = list(map(Storage, keys, sizes, *same))
+        self._made.update(zip(keys, made, strict=True))
+        return made
 
 
 def storage_of(archive: Archive, record: Record, key: str, location: str, big: bool) -> Storage:

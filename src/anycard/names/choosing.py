@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import partial
 
 from anycard.errors import ChoiceError, FormatError
-from anycard.names.stored import StateDict
+from anycard.names.stored import Metadata, StateDict
 from anycard.names.wrappers import OWN_NAMES, SEGMENTS, outer_prefix, without_segments
 
 
@@ -53,11 +53,12 @@ def subtree(candidate: StateDict, key: str) -> StateDict | None:
             full = f"{candidate.key}.{prefix}" if candidate.key else prefix
             names = candidate.canonical
             inner = None if names is None else {n: without_segments(n) for n in tensors}
-            return StateDict(full, tensors, inner, _below(candidate, prefix), wrappers=candidate.wrappers)
+            told = partial(_below, candidate, prefix)
+            return StateDict(full, tensors, inner, wrappers=candidate.wrappers, told=told)
     return None
 
 
-def _below(candidate: StateDict, prefix: str) -> dict[str, dict[str, Any]]:
+def _below(candidate: StateDict, prefix: str) -> Metadata:
     held = candidate.metadata.items()
     return {p[len(prefix) + 1 :]: v for p, v in held if p == prefix or p.startswith(prefix + ".")}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from anycard.names.contents import contents, holds_weights, items
@@ -43,6 +44,8 @@ _HOLDERS = frozenset(
     ]
 )
 
+Metadata = dict[str, dict[str, Any]]
+
 
 @dataclass
 class StateDict:
@@ -52,21 +55,26 @@ class StateDict:
         key: Full path of the place (`"state_dict"`), "" for the whole file.
         tensors: Stored name, relative to `key` -> tensor.
         canonical: Stored name -> canonical name, where the class names of a whole model tell; else None.
-        metadata: Module path -> what `_metadata` says of it (`{"version": 2}`).
         extras: Entries that are no tensors (extra state), by stored name.
         wrappers: Wrapper class or segment names that a whole model shows.
         own: Stored names that belong to a whole model's wrappers (`n_averaged`), not to the model.
         shadow: Path of a `state_dict` attribute that hides a whole model's method.
+        told: Gives `metadata`; called when that is asked for, which hardly anyone does.
     """
 
     key: str
     tensors: dict[str, TensorInfo]
     canonical: dict[str, str] | None = None
-    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
     extras: dict[str, object] = field(default_factory=dict)
     wrappers: tuple[str, ...] = ()
     own: frozenset[str] = frozenset()
     shadow: str | None = None
+    told: Callable[[], Metadata] = dict
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        """Module path -> what `_metadata` says of it (`{"version": 2}`)."""
+        return self.told()
 
 
 @dataclass
@@ -110,7 +118,7 @@ def _descend_mapping(obj: Mapping[Any, Any], key: str, found: Found, depth: int,
     weights = holds_weights(obj)
     if weights and set(map(type, obj.values())) == {TensorInfo}:
         tensors = dict(obj) if set(map(type, obj)) == {str} else {str(name): value for name, value in obj.items()}
-        flat = StateDict(key, tensors, metadata=_metadata(obj))
+        flat = StateDict(key, tensors, told=partial(_metadata, obj))
         found.dicts.append(flat if len(tensors) == len(obj) else _from_mapping(obj, key))
         return
     direct = sum(isinstance(value, TensorInfo) and (weights or not value.is_array) for value in obj.values())
@@ -160,10 +168,10 @@ def _from_mapping(obj: object, key: str) -> StateDict:
     tensors = contents(obj).tensors
     for name in extras:
         tensors = {n: t for n, t in tensors.items() if not n.startswith(name + ".")}
-    return StateDict(key, tensors, metadata=_metadata(obj), extras=extras)
+    return StateDict(key, tensors, extras=extras, told=partial(_metadata, obj))
 
 
-def _metadata(obj: object) -> dict[str, dict[str, Any]]:
+def _metadata(obj: object) -> Metadata:
     held = getattr(obj, "__dict__", {}).get("_metadata") if isinstance(obj, dict) else None
     if not isinstance(held, Mapping):
         return {}

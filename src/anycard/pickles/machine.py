@@ -5,7 +5,7 @@ from __future__ import annotations
 import _compat_pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from anycard.errors import FormatError
@@ -21,6 +21,7 @@ from anycard.pickles.views import Built
 from anycard.tensors import Storage, TensorInfo
 
 # What a damaged pickle makes Python raise on its way through the steps.
+Storages = Callable[[Sequence[str], str], list[Storage]]  # keys and a device tag
 _WRONG = (
     IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error, OverflowError,
     MemoryError, RecursionError,
@@ -35,7 +36,7 @@ def read_pickle(
     start: int = 0,
     base: int = 0,
     budget: Budget | None = None,
-    storage: Callable[[str, str], Storage] | None = None,
+    storages: Storages | None = None,
 ) -> tuple[Any, int]:
     """Interpret one pickle.
 
@@ -48,7 +49,7 @@ def read_pickle(
         start: Where in `data` the pickle begins.
         base: Byte offset of `data` in its file, for errors.
         budget: What the read may spend, where several share it.
-        storage: Gives the storage of a key and a device tag, for what `persistent_load` does more about.
+        storages: Gives the storages of many keys and a device tag, for what `persistent_load` does more about.
 
     Returns:
         The object, and the position in `data` after STOP. What else lies on the stack then is dropped, as
@@ -57,7 +58,7 @@ def read_pickle(
     Raises:
         FormatError: Truncated, malformed, or beyond the limits; with the byte offset.
     """
-    machine = Machine(data, start, persistent_load, budget or Budget(limits, len(data) - start), storage)
+    machine = Machine(data, start, persistent_load, budget or Budget(limits, len(data) - start), storages)
     return guarded(machine, base)
 
 
@@ -90,7 +91,7 @@ class Machine:
         start: int,
         persistent_load: Callable[[Any], Any],
         budget: Budget,
-        storage: Callable[[str, str], Storage] | None = None,
+        storages: Storages | None = None,
     ) -> None:
         self.data = data
         self.size = len(data)
@@ -99,7 +100,7 @@ class Machine:
         self.stack: list[Any] = []
         self.memo = Memo()
         self.persistent_load: Callable[[Any], Any] = persistent_load
-        self.storage: Callable[[str, str], Storage] | None = storage
+        self.storages: Storages | None = storages
         self.budget = budget
         self.protocol = 0
         self._globals = Globals(self.budget)
@@ -150,7 +151,7 @@ class Machine:
 
     def fresh(self, start: int) -> Machine:
         """A machine of the same kind for another pickle in the same bytes."""
-        return Machine(self.data, start, self.persistent_load, self.budget, self.storage)
+        return Machine(self.data, start, self.persistent_load, self.budget, self.storages)
 
     def overrun(self, size: int) -> None:
         """A frame is longer than the pickle, which C's unpickler refuses before it goes into it."""
@@ -322,6 +323,9 @@ class Machine:
         """SETITEMS: key, value, key, value."""
         if len(pairs) % 2 or not isinstance(target, (dict, Inert)):
             raise FormatError(f"SETITEMS on a {type(target).__name__}")
+        if not isinstance(target, Inert) and set(map(type, pairs[::2])) <= {str}:
+            target.update(zip(pairs[::2], pairs[1::2], strict=True))
+            return
         key_fits = self.budget.key
         for index in range(0, len(pairs), 2):
             key = pairs[index]

@@ -11,12 +11,13 @@ import struct
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain
+from contextlib import suppress
+from itertools import accumulate, chain, islice, takewhile
 from typing import Any, NamedTuple
 
 from anycard.errors import FormatError
 from anycard.pickles.views import StoredStorage
-from anycard.tensors import Form, TensorInfo, form_of
+from anycard.tensors import Form, Storage, TensorInfo, form_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,18 +47,16 @@ class _Kind(NamedTuple):
         key_size: Bytes of the storage's key.
         latest: The highest place in the memo that sizes and strides are taken from, or -1.
         cls, rest: The storage's class, and what follows its key in the persistent id.
-        claimed: Bytes that the storage has to have.
+        needed: Bytes that the storage has to have: those claimed, and up to the last element.
         start: Byte offset of element 0 in what the persistent id names.
-        end: Byte offset behind the last element there; 0 where there is none.
     """
 
     key_size: int
     latest: int
     cls: type[StoredStorage]
     rest: tuple[Any, ...]
-    claimed: int
+    needed: int
     start: int
-    end: int
     form: Form
 
 
@@ -93,7 +92,8 @@ class _Columns(NamedTuple):
             self.name_place, self.key_place, self.storage_place, self.shape_place, self.stride_place,
             self.hooks_place, self.args_place, self.place,
         )  # fmt: skip
-        return b"".join([place for row in zip(*columns, strict=True) for place in row if place is not None])
+        places = chain.from_iterable(zip(*columns, strict=True))
+        return b"".join([place for place in places if place is not None])
 
     def spelt_out(self) -> dict[int, bytes]:
         """Place in the memo -> the sizes or strides that are put there."""
@@ -113,7 +113,7 @@ class Rows:
     def take(self) -> int:
         """Push the names and tensors that stand here, from the X that was just met; gives how many of each."""
         m = self._machine
-        rows, ends = self._match(_ROW)
+        rows, found = self._match(_ROW)
         if not rows:
             return 0
         columns = _Columns(*zip(*rows, strict=True))
@@ -130,20 +130,20 @@ class Rows:
         infos = self._tensors(columns, kinds, begins)
         taken = len(infos)
         if taken:
-            names = [name.decode() for name in columns.name[:taken]]
+            names = _texts(columns.name[:taken])
             kept = columns if taken == len(rows) else _Columns(*zip(*rows[:taken], strict=True))
             held = _Memory(m, names, kinds[:taken], infos, begins, kept)
             m.memo.promise(range(first, begins[taken]), held.made)
             m.stack.extend(chain.from_iterable(zip(names, infos, strict=True)))
             m.budget.spend(8 * taken)
-            m.pos = ends[taken - 1]
+            m.pos = found[taken - 1].end()
         self._took(taken)
         return taken
 
     def take_versions(self) -> int:
         """The same of names and `{"version": 1}`, as a state dict's metadata has them for its modules."""
         m = self._machine
-        rows, ends = self._match(_VERSION_ROW)
+        rows, found = self._match(_VERSION_ROW)
         if not rows:
             return 0
         name_size, name, name_place, place, key, number = zip(*rows, strict=True)
@@ -161,7 +161,7 @@ class Rows:
         if taken:
             m.memo.promise(range(first, begins[taken]), lambda index: {index: pairs[index - first]})
             m.stack.extend(pairs)
-            m.pos = ends[taken - 1]
+            m.pos = found[taken - 1].end()
         self._took(taken)
         return taken
 
@@ -170,43 +170,46 @@ class Rows:
             self.vain = 0
         self._most = max(_FEW, 2 * taken)
 
-    def _match(self, row: re.Pattern[bytes]) -> tuple[list[Sequence[Any]], list[int]]:
-        """The groups of each row, and where it ends; not many more than were of use the last time."""
-        data, pos = self._machine.data, self._machine.pos - 1
-        rows: list[Sequence[Any]] = []
-        ends: list[int] = []
+    def _match(self, row: re.Pattern[bytes]) -> tuple[list[Sequence[Any]], list[re.Match[bytes]]]:
+        """The groups of each row, and the row; not many more than were of use the last time."""
         most, self._most = self._most, _FEW
-        while len(rows) < most and (found := row.match(data, pos)) is not None:
-            rows.append(found.groups())
-            pos = found.end()
-            ends.append(pos)
-        self.vain += bool(rows)
-        return rows, ends
+        step = row.scanner(self._machine.data, self._machine.pos - 1).match  # type: ignore[attr-defined]  # as re.Scanner
+        found = list(islice(iter(step, None), most))
+        self.vain += bool(found)
+        return [one.groups() for one in found], found
 
     def _tensors(self, columns: _Columns, kinds: Sequence[_Kind | None], begins: Sequence[int]) -> list[TensorInfo]:
         """The tensors, up to the first that is for the interpreter to read."""
-        find, load = self._machine.storage, self._machine.persistent_load
-        made: list[TensorInfo] = []
-        for kind, key, begin, shape_place in zip(kinds, columns.key, begins, columns.shape_place, strict=False):
-            if kind is None:
-                break
-            key_size, latest, cls, rest, claimed, start, end, form = kind
-            # Strides may be the sizes that are put right before them.
-            if key_size != len(key) or (latest >= begin and (shape_place is None or latest != begin + 3)):
-                break
+        known = [kind for kind in takewhile(bool, kinds) if kind is not None]
+        known = known[: _sound(known, columns, begins)]
+        if not known:
+            return []
+        storages, starts = self._storages(known, _texts(columns.key[: len(known)]))
+        forms = [kind.form for kind in known[: len(storages)]]
+        return list(map(TensorInfo, forms, storages, starts))
+
+    def _storages(self, kinds: Sequence[_Kind], keys: Sequence[str]) -> tuple[Sequence[Storage], Sequence[int]]:
+        """Storages that have what is claimed of them, and where in them tensors start; up to the first that lacks."""
+        find, load = self._machine.storages, self._machine.persistent_load
+        starts = [kind.start for kind in kinds]
+        found: list[Storage] = []
+        if find is not None and len({kind.rest[0] for kind in set(kinds)}) == 1:
+            with suppress(FormatError):
+                found = find(keys, kinds[0].rest[0])
+        if found:
+            needed = [kind.needed for kind in kinds]
+            lacking = [need > storage.nbytes for need, storage in zip(needed, found, strict=True)]
+            return (found[: lacking.index(True)] if any(lacking) else found), starts
+        for index, (kind, key) in enumerate(zip(kinds, keys, strict=True)):
             try:
-                if find is not None:
-                    storage = find(key.decode(), rest[0])
-                else:
-                    stored = load(("storage", cls, key.decode(), *rest))
-                    storage, start = stored.storage, start + stored.start
-                    end = end and end + stored.start
+                stored = load(("storage", kind.cls, key, *kind.rest))
             except FormatError:
                 break  # the interpreter comes to it, and says where
-            if storage is None or claimed > storage.nbytes or end > storage.nbytes:
+            if stored.storage is None or stored.start + kind.needed > stored.storage.nbytes:
                 break
-            made.append(TensorInfo(form, storage, start))
-        return made
+            found.append(stored.storage)
+            starts[index] += stored.start
+        return found, starts
 
     def _kinds(self, columns: _Columns, first: int) -> list[_Kind | None]:
         """Each row's kind; None where that is for the interpreter to read. There are far fewer kinds than rows."""
@@ -242,9 +245,27 @@ class Rows:
         start, made = first * itemsize, form_of(str(cls.dtype), sizes, steps, requires_grad=tail[:1] == b"\x88")
         return _Kind(
             key_size=key_size[0], latest=max(_place(shape), _place(stride)), cls=cls,
-            rest=(where, elements, *((None,) if none else ())), claimed=elements * itemsize,
-            start=start, end=start + made.span if made.span else 0, form=made,
+            rest=(where, elements, *((None,) if none else ())),
+            needed=max(elements * itemsize, start + made.span if made.span else 0), start=start, form=made,
         )  # fmt: skip
+
+
+def _sound(kinds: Sequence[_Kind], columns: _Columns, begins: Sequence[int]) -> int:
+    """How many rows have keys as long as they claim, and take their sizes from what stands before them."""
+    claimed, lengths = [kind.key_size for kind in kinds], list(map(len, columns.key[: len(kinds)]))
+    good = len(kinds) if claimed == lengths else _first_difference(claimed, lengths)
+    if max((kind.latest for kind in set(kinds)), default=-1) < begins[0]:
+        return good
+    for row, (kind, begin, shape_place) in enumerate(zip(kinds[:good], begins, columns.shape_place, strict=False)):
+        # Strides may be the sizes that are put right before them.
+        if kind.latest >= begin and (shape_place is None or kind.latest != begin + 3):
+            return row
+    return good
+
+
+def _texts(raws: Sequence[bytes]) -> list[str]:
+    """Of printable ASCII each, one at least."""
+    return b"\n".join(raws).decode().split("\n")
 
 
 class _Memory(NamedTuple):
@@ -288,7 +309,7 @@ def _agreeing(name_size: Sequence[bytes], name: Sequence[bytes], places: bytes, 
     return good
 
 
-def _first_difference(a: bytes, b: bytes) -> int:
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     return next(index for index, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
 
 
