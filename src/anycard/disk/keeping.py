@@ -13,7 +13,6 @@ from itertools import accumulate
 
 from anycard.disk import vectors
 from anycard.disk.source import FileSource, MemorySource, Source
-from anycard.disk.threads import in_threads
 from anycard.disk.transfer import Batch, Pieces, Reads
 from anycard.limits import DEFAULT, Limits
 
@@ -30,16 +29,12 @@ def keep(addresses: Sequence[int], nbytes: Sequence[int], *, limits: Limits = DE
     if fd < 0:
         return _in_memory(addresses, nbytes)
 
-    def write(batch: Batch) -> None:
-        done, total, left = 0, int(batch.table[:, 1].sum()), batch.table
-        while done < total:
-            done += vectors.write_table(fd, batch.start + done, left)
-            left = vectors.rest_of(batch.table, done) if done < total else left
-
     try:
         offsets = list(accumulate(nbytes, initial=0))[:-1]
-        pieces = Pieces(Reads(offsets, nbytes, addresses, ()), limits)
-        in_threads(list(pieces.batches(limits)), write, limits.threads)
+        for batch in Pieces(Reads(offsets, nbytes, addresses, ()), limits).batches(
+            limits
+        ):  # one writes at a time anyhow
+            _write(fd, batch)
     except OSError:  # no room for files in memory (a container may bound them)
         os.close(fd)
         return _in_memory(addresses, nbytes)
@@ -47,6 +42,13 @@ def keep(addresses: Sequence[int], nbytes: Sequence[int], *, limits: Limits = DE
         os.close(fd)
         raise
     return FileSource(_NAME, fd, owned=True)
+
+
+def _write(fd: int, batch: Batch) -> None:
+    done, total, left = 0, int(batch.table[:, 1].sum()), batch.table
+    while done < total:
+        done += vectors.write_table(fd, batch.start + done, left)
+        left = vectors.rest_of(batch.table, done) if done < total else left
 
 
 def _unnamed_file() -> int:

@@ -72,6 +72,12 @@ def guarded(machine: Machine, base: int) -> tuple[Any, int]:
     except _WRONG as error:
         reason = str(error)[:200] or type(error).__name__
         raise FormatError(f"the pickle is damaged ({reason})", offset=base + machine.at) from None
+    finally:
+        machine.forget()
+
+
+def _forgotten(pid: Any) -> Any:
+    raise FormatError("the pickle has been read to its end")
 
 
 class Machine:
@@ -127,6 +133,11 @@ class Machine:
             if step is None:
                 raise FormatError(f"unknown or refused pickle opcode 0x{code:02x}")
             step(self)
+
+    def forget(self) -> None:
+        """Let go of all that there may be much of: the machine is part of a cycle, and stays until a collection."""
+        self.shortcut, self.storages, self.memo = None, None, Memo()
+        self.persistent_load = _forgotten
 
     # Bytes.
 
