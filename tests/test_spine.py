@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -286,3 +287,18 @@ def test_import_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
     for name in anycard.__all__:
         assert getattr(anycard, name) is not None
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_nothing_large_waits_for_a_collection(tmp_path, suffix):
+    """What a load made beside the model is gone when it returns; few small objects are left to the collector."""
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(2)) for _ in range(500)])
+    anycard.save(model, tmp_path / f"a{suffix}")
+    anycard.load(tmp_path / f"a{suffix}", model)
+    gc.collect()
+    gc.disable()
+    try:
+        anycard.load(tmp_path / f"a{suffix}", model)
+        assert gc.collect() < 200
+    finally:
+        gc.enable()

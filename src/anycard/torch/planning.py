@@ -57,8 +57,9 @@ def _agreeing(ckpt: Checkpoint, seen: Survey, match: Match, options: Options) ->
     beside = match.outside or match.wrapper_state or match.source.extras
     if asked or beside or not seen.usual or not len(names) == len(match.names) == match.hits:
         return None
+    same_names = list(match.names.values()) == list(match.names)
     stored = match.source.tensors
-    infos = list(map(stored.__getitem__, map(match.names.__getitem__, names)))
+    infos = list(map(stored.__getitem__, names if same_names else map(match.names.__getitem__, names)))
     forms = [info.form for info in infos]
     known = {form: TO_TORCH.get(form.dtype) for form in set(forms)}
     if [form.shape for form in forms] != shapes or list(map(known.__getitem__, forms)) != dtypes:
@@ -67,8 +68,9 @@ def _agreeing(ckpt: Checkpoint, seen: Survey, match: Match, options: Options) ->
         return None  # ties
     work = _begun(ckpt, seen, match)
     work.fills = Fills(tensors, infos, names, plain, plain)
-    work.plan.pairs = dict(match.names)
-    work.plan.renamed = {held: name for name, held in match.names.items() if held != name}
+    work.plan.pairs = dict(zip(names, names if same_names else map(match.names.__getitem__, names), strict=True))
+    if not same_names:
+        work.plan.renamed = {held: name for name, held in match.names.items() if held != name}
     work.plan.nbytes = sum([form.nbytes for form in forms])
     return work
 
