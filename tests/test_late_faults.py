@@ -52,6 +52,28 @@ def test_an_interrupt_in_the_middle(tmp_path, dtype):
         anycard.load(tmp_path / "a.pth", model, dtype=dtype, progress=stop)
 
 
+@pytest.mark.parametrize("width", [4, 256])
+def test_an_empty_tensor_among_those_that_come_back(tmp_path, width):
+    """Buffers without elements stand between tensors that are to be restored, small ones and large ones."""
+
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("nothing", torch.zeros(0))
+            self.weight = nn.Parameter(torch.zeros(width, width))
+
+    build = lambda: nn.Sequential(*[Between() for _ in range(70)])  # noqa: E731
+    anycard.save(filled(build()), tmp_path / "a.pth")
+    model = filled(build(), 5)
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        anycard.load(tmp_path / "a.pth", model, progress=stop)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_verify_finds_damage_before_an_existing_model_is_touched(tmp_path, suffix):
     """One flipped bit: verify=True names the tensor and changes nothing; a factory's load checks by itself."""

@@ -84,6 +84,26 @@ def test_an_own_load_state_dict_is_called(tmp_path):
             assert_same(everything(anycard.load(tmp_path / name, target)), everything(source))
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
+def test_an_own_load_state_dict_is_called_where_all_names_agree(tmp_path, wrap):
+    """Nothing in the names, shapes and dtypes says that the model does more; it does all the same."""
+
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+            return super().load_state_dict({k: 2 * v for k, v in state.items()}, strict, assign)
+
+    state = {"fc.weight": torch.rand(2, 2), "fc.bias": torch.rand(2)}
+    torch.save(state, tmp_path / "a.pth")
+    model = wrap(Doubling())
+    assert anycard.plan(tmp_path / "a.pth", model).called == ("Doubling",)
+    anycard.load(tmp_path / "a.pth", model)
+    assert_same({n.removeprefix("module."): t for n, t in weights(model).items()}, {n: 2 * t for n, t in state.items()})
+
+
 def test_a_post_hook_that_forgives(tmp_path):
     """A hook after loading that takes names out of the missing ones makes a strict load go through."""
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import save, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
+import anycard
 from anycard.containers import zip_directory
 from anycard.disk.source import StreamSource
 from anycard.errors import FormatError
@@ -18,6 +23,8 @@ from anycard.formats import safetensors
 from anycard.formats.index import Index
 from anycard.formats.registry import read_index
 from anycard.limits import DEFAULT
+from anycard.torch import planning
+from helpers import filled
 
 
 def index(data: bytes) -> Index:
@@ -49,6 +56,92 @@ def both(data: bytes, module: Any, short_way: str) -> bool:
         patch.setattr(module, short_way, lambda *args: None)
         assert told(data) == found
     return taken[-1:] != [None] and bool(taken)
+
+
+class Batches(nn.Module):
+    """Buffers that are stored and some that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1)
+        self.norm = nn.BatchNorm2d(2)
+        self.register_buffer("hidden", torch.zeros(2), persistent=False)
+
+
+def tied() -> nn.Module:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    model["b"].weight = model["a"].weight
+    return model
+
+
+class Extra(nn.Linear):
+    """With an extra state."""
+
+    def get_extra_state(self) -> Any:
+        return {"count": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = state["count"]
+
+
+class Hooked(nn.Linear):
+    """A hook renames on load."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_load_state_dict_pre_hook(lambda module, state, *rest: None)
+
+
+BUILDS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)),
+    "batches": Batches,
+    "tied": tied,
+    "parallel": lambda: nn.DataParallel(Batches()),
+    "averaged": lambda: AveragedModel(Batches()),
+    "extra": lambda: nn.Sequential(Extra(2, 2)),
+    "hooked": Hooked,
+    "empty": lambda: nn.ReLU(),
+    "complex": lambda: nn.Linear(2, 2, dtype=torch.complex64),
+    "meta": lambda: nn.Linear(2, 2, device="meta"),
+    "transposed": lambda: nn.ParameterDict({"a": nn.Parameter(torch.zeros(3, 2).t())}),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("change", ["", "lacks one", "one more", "other shape", "other dtype", "below"])
+@pytest.mark.parametrize("name", BUILDS)
+def test_plans(tmp_path: Path, name: str, change: str, suffix: str) -> None:
+    """Where all agrees nothing is planned; planning all the same gives that very plan."""
+    build = BUILDS[name]
+    source = filled(build()) if name != "meta" else filled(nn.Linear(2, 2))
+    state = dict(source.state_dict())
+    first = next(iter(state), "")
+    if change == "lacks one":
+        state.pop(first, None)
+    elif change == "one more":
+        state["more"] = torch.ones(2)
+    elif change == "other shape" and state:
+        state[first] = torch.ones(7)
+    elif change == "other dtype" and state:
+        state[first] = torch.ones(state[first].shape, dtype=torch.float16)
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": state, "epoch": 3} if change == "below" else state, path)
+    elif "_extra_state" in "".join(state) or not state:
+        return
+    else:
+        save_file({key: held.contiguous().clone() for key, held in state.items()}, path)
+    plans = []
+    for short in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not short:
+                patch.setattr(planning, "_agreeing", lambda *args: None)
+            try:
+                plans.append(anycard.plan(path, build()))
+            except anycard.CheckpointError as error:
+                plans.append(str(error))
+    assert plans[0] == plans[1]
+    assert list(getattr(plans[0], "pairs", ())) == list(getattr(plans[1], "pairs", ()))
 
 
 NAMES = st.sampled_from(

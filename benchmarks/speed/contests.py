@@ -118,6 +118,7 @@ def small() -> Contest:
         _COPY,
         Contestant("torch.load + copy_ by name", PEER, "loading:torch_load", options={"copy": True}),
         _TORCH,
+        Contestant("the least in Python, unchecked", PEER, "loading:least_into", "safetensors"),
         *ours,
     )
     return Contest("10,000 tensors of 1 KB into a model", "small tensors", "warm", contestants)
@@ -238,7 +239,13 @@ QUICK = Profile(
         _without(ready("resnet152"), "anycard .pth mmap"),
         *(into("resnet152", kind, "warm", _BEST) for kind in _KINDS),
         _without(save("resnet152", "pth"), "torch.save + fsync"),
-        _without(small(), "bare preadv", "safetensors load_model", "torch.load + load_state_dict"),
+        _without(
+            small(),
+            "bare preadv",
+            "safetensors load_model",
+            "torch.load + load_state_dict",
+            "the least in Python, unchecked",
+        ),
         _without(
             layers((250, 1000)),
             "torch.load + load_state_dict, 250 layers",

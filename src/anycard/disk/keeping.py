@@ -8,8 +8,9 @@ have been in use before; a file's pages are always fresh.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
 
 from anycard.disk import vectors
 from anycard.disk.source import FileSource, MemorySource, Source
@@ -17,23 +18,23 @@ from anycard.disk.transfer import Batch, Pieces, Reads
 from anycard.limits import DEFAULT, Limits
 
 _NAME = "the way back"
+_MANY = 64  # places; a load may keep copies of few for each of many modules, and descriptors are few
 _SMALL = 64 << 10  # bytes of the average place
 
 
-def keep(addresses: Sequence[int], nbytes: Sequence[int], *, limits: Limits = DEFAULT) -> Source:
+def keep(addresses: NDArray[np.uint64], nbytes: NDArray[np.int64], *, limits: Limits = DEFAULT) -> Source:
     """What stands in these places now, one after the other; to be closed when it is of no more use.
 
     The places are to be alive and of the sizes given.
     """
-    fd = _unnamed_file() if sum(nbytes) < _SMALL * len(nbytes) else -1
+    many_small = len(nbytes) >= _MANY and nbytes.sum() < _SMALL * len(nbytes)
+    fd = _unnamed_file() if many_small else -1
     if fd < 0:
         return _in_memory(addresses, nbytes)
 
     try:
-        offsets = list(accumulate(nbytes, initial=0))[:-1]
-        for batch in Pieces(Reads(offsets, nbytes, addresses, ()), limits).batches(
-            limits
-        ):  # one writes at a time anyhow
+        reads = Reads(np.cumsum(nbytes) - nbytes, nbytes, addresses, ())
+        for batch in Pieces(reads, limits).batches(limits):  # one writes at a time anyhow
             _write(fd, batch)
     except OSError:  # no room for files in memory (a container may bound them)
         os.close(fd)
@@ -61,5 +62,5 @@ def _unnamed_file() -> int:
         return -1
 
 
-def _in_memory(addresses: Sequence[int], nbytes: Sequence[int]) -> Source:
-    return MemorySource(_NAME, b"".join(map(vectors.memory, addresses, nbytes)))
+def _in_memory(addresses: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> Source:
+    return MemorySource(_NAME, b"".join(map(vectors.memory, addresses.tolist(), nbytes.tolist())))

@@ -26,16 +26,16 @@ class Reads(NamedTuple):
     """Stretches of a file, and the memory where each stays; a column for each thing known of them.
 
     Attributes:
-        offsets: In bytes from the start of the source.
+        offsets: In bytes from the start of the source; int64, of shape (stretches,), as the next two.
         nbytes: How many.
-        addresses: Of writable memory for as many bytes, which the caller keeps alive. Targets must not overlap.
+        addresses: Of writable memory for as many bytes, which the caller keeps alive; uint64. Targets must not overlap.
         labels: What errors call them.
         crcs: CRC-32s that these very bytes must have, or None; none at all where there is nothing to check.
     """
 
-    offsets: Sequence[int]
-    nbytes: Sequence[int]
-    addresses: Sequence[int]
+    offsets: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    addresses: NDArray[np.uint64]
     labels: Sequence[str]
     crcs: Sequence[int | None] = ()
 
@@ -82,8 +82,7 @@ class Pieces:
     """The stretches in the order of the file, large ones in parts: columns again."""
 
     def __init__(self, reads: Reads, limits: Limits) -> None:
-        offsets, nbytes = np.array(reads.offsets, np.int64), np.array(reads.nbytes, np.int64)
-        addresses = np.array(reads.addresses, np.uint64)
+        offsets, nbytes, addresses = reads.offsets, reads.nbytes, reads.addresses
         order = np.argsort(offsets, kind="stable")
         order = order[nbytes[order] > 0]
         chunk = limits.chunk_nbytes
@@ -149,4 +148,4 @@ class _Sums:
     def _damaged(self, index: int) -> FormatError:
         label = self._reads.labels[index]
         reason = "its CRC-32 does not match. Copy or download the file again."
-        return FormatError(f"{label} is damaged: {reason}", offset=self._reads.offsets[index], name=label)
+        return FormatError(f"{label} is damaged: {reason}", offset=int(self._reads.offsets[index]), name=label)

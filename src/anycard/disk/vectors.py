@@ -36,7 +36,7 @@ THERE = _PREADV is not None and _PWRITEV is not None
 
 def memory(address: int, nbytes: int) -> memoryview:
     """The bytes at an address, writable; whoever asks keeps them alive."""
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B") if nbytes else memoryview(b"")
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B") if nbytes else memoryview(bytearray())
 
 
 def read_table(fd: int, offset: int, table: Table) -> int:

@@ -108,6 +108,8 @@ def _first_metadata(text: str) -> tuple[dict[str, str], int]:
         ValueError: It is spelt otherwise.
     """
     opening = '{"__metadata__":'
+    if not text.startswith("{"):
+        raise ValueError
     if not text.startswith(opening):
         return {}, 1
     decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)

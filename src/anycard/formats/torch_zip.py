@@ -212,20 +212,28 @@ class Storages:
         return storage
 
     def storages(self, keys: Sequence[str], location: str) -> list[Storage]:
-        """The storages of many keys, which are decimal numbers."""
+        """The storages of many keys, which are decimal numbers; up to the first that is not there."""
         records = self._archive.find_each([f"{self._folder}{key}{self._suffix}" for key in keys])
         new = len(set(keys)) == len(keys) and self._made.keys().isdisjoint(keys)
-        if records is None or not new or isinstance(self._archive.source, MemorySource):
-            return [self.storage(key, location) for key in keys]
-        _, offsets, sizes, _, crcs, compressed = zip(*records, strict=True)
-        if any(compressed):
-            return [self.storage(key, location) for key in keys]
+        in_file = not isinstance(self._archive.source, MemorySource)
+        if records is None or not (new and in_file) or any(record.compressed for record in records):
+            return self._one_by_one(keys, location)
+        _, offsets, sizes, _, crcs, _ = zip(*records, strict=True)
         source, base = self._archive.source.origin(0)
         places = [base + offset for offset in offsets] if base else offsets
         same = (repeat(location), repeat(source), places, repeat(None), crcs, repeat(self._big))
         made = list(map(Storage, keys, sizes, *same))
         self._made.update(zip(keys, made, strict=True))
         return made
+
+    def _one_by_one(self, keys: Sequence[str], location: str) -> list[Storage]:
+        found: list[Storage] = []
+        for key in keys:
+            try:
+                found.append(self.storage(key, location))
+            except FormatError:
+                break
+        return found
 
 
 def storage_of(archive: Archive, record: Record, key: str, location: str, big: bool) -> Storage:

@@ -20,8 +20,9 @@ from anycard.pickles.stubs import Inert
 from anycard.pickles.views import Built
 from anycard.tensors import Storage, TensorInfo
 
+# The storages of many keys of one device tag, up to the first that is not there.
+FindStorages = Callable[[Sequence[str], str], list[Storage]]
 # What a damaged pickle makes Python raise on its way through the steps.
-Storages = Callable[[Sequence[str], str], list[Storage]]  # keys and a device tag
 _WRONG = (
     IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error, OverflowError,
     MemoryError, RecursionError,
@@ -36,7 +37,7 @@ def read_pickle(
     start: int = 0,
     base: int = 0,
     budget: Budget | None = None,
-    storages: Storages | None = None,
+    storages: FindStorages | None = None,
 ) -> tuple[Any, int]:
     """Interpret one pickle.
 
@@ -49,7 +50,7 @@ def read_pickle(
         start: Where in `data` the pickle begins.
         base: Byte offset of `data` in its file, for errors.
         budget: What the read may spend, where several share it.
-        storages: Gives the storages of many keys and a device tag, for what `persistent_load` does more about.
+        storages: Gives the storages of many keys, for what `persistent_load` does one at a time.
 
     Returns:
         The object, and the position in `data` after STOP. What else lies on the stack then is dropped, as
@@ -97,7 +98,7 @@ class Machine:
         start: int,
         persistent_load: Callable[[Any], Any],
         budget: Budget,
-        storages: Storages | None = None,
+        storages: FindStorages | None = None,
     ) -> None:
         self.data = data
         self.size = len(data)
@@ -106,7 +107,7 @@ class Machine:
         self.stack: list[Any] = []
         self.memo = Memo()
         self.persistent_load: Callable[[Any], Any] = persistent_load
-        self.storages: Storages | None = storages
+        self.storages: FindStorages | None = storages
         self.budget = budget
         self.protocol = 0
         self._globals = Globals(self.budget)
@@ -137,6 +138,7 @@ class Machine:
     def forget(self) -> None:
         """Let go of all that there may be much of: the machine is part of a cycle, and stays until a collection."""
         self.shortcut, self.storages, self.memo = None, None, Memo()
+        self.stack.clear()
         self.persistent_load = _forgotten
 
     # Bytes.
@@ -157,7 +159,9 @@ class Machine:
 
     def inner(self) -> Any:
         """The object of a whole pickle that stands here, within this one."""
-        value, self.pos = self.fresh(self.pos).run()
+        machine = self.fresh(self.pos)
+        value, self.pos = machine.run()
+        machine.forget()
         return value
 
     def fresh(self, start: int) -> Machine:

@@ -11,7 +11,6 @@ import struct
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from itertools import accumulate, chain, islice, takewhile
 from typing import Any, NamedTuple
 
@@ -192,14 +191,13 @@ class Rows:
         """Storages that have what is claimed of them, and where in them tensors start; up to the first that lacks."""
         find, load = self._machine.storages, self._machine.persistent_load
         starts = [kind.start for kind in kinds]
+        if find is not None:
+            where = kinds[0].rest[0]
+            alike = list(takewhile(lambda kind: kind.rest[0] == where, kinds))
+            there = find(keys[: len(alike)], where)
+            lacking = [kind.needed > storage.nbytes for kind, storage in zip(alike, there, strict=False)]
+            return (there[: lacking.index(True)] if any(lacking) else there), starts
         found: list[Storage] = []
-        if find is not None and len({kind.rest[0] for kind in set(kinds)}) == 1:
-            with suppress(FormatError):
-                found = find(keys, kinds[0].rest[0])
-        if found:
-            needed = [kind.needed for kind in kinds]
-            lacking = [need > storage.nbytes for need, storage in zip(needed, found, strict=True)]
-            return (found[: lacking.index(True)] if any(lacking) else found), starts
         for index, (kind, key) in enumerate(zip(kinds, keys, strict=True)):
             try:
                 stored = load(("storage", kind.cls, key, *kind.rest))

@@ -119,8 +119,8 @@ def _overlapping(fills: Fills) -> list[list[Fill]]:
 def _plainly_apart(fills: Fills) -> bool:
     if not all(fills.plain):
         return False
-    starts = np.array(fills.addresses, np.uint64)
-    ends = starts + np.array([tensor.nbytes for tensor in fills.tensors], np.uint64)
+    starts = fills.addresses
+    ends = starts + fills.nbytes.astype(np.uint64)
     order = np.argsort(starts)
     return bool((ends[order[:-1]] <= starts[order[1:]]).all())
 

@@ -60,7 +60,8 @@ def fill(
         prepare(places.new, check=verify).run(done, limits=limits)
         try:
             call_loaders(work, undo, options.strict)
-            _read_in_place(places.inplace, done, verify, undo, limits)
+            inplace = places.inplace.seen_anew() if work.called else places.inplace
+            _read_in_place(inplace, done, verify, undo, limits)
             _put(work.model, options, places, undo)
             _set_counters(work, options, undo)
             set_extras(work, undo, options.strict)
@@ -133,7 +134,7 @@ def _read_in_place(
 ) -> None:
     filling = prepare(inplace, check=verify)
     if undo is not None:
-        straight = sum(sum(reads.nbytes) for _, reads in filling.reads)
+        straight = sum(int(reads.nbytes.sum()) for _, reads in filling.reads)
         if straight + sum(tensor.nbytes for tensor in filling.staged.tensors) <= limits.undo_nbytes:
             undo.keep_filled(filling)
         else:

@@ -55,7 +55,8 @@ def _agreeing(ckpt: Checkpoint, seen: Survey, match: Match, options: Options) ->
     names, tensors, shapes, dtypes, plain = seen.columns
     asked = options.dtype is not None or options.only is not None
     beside = match.outside or match.wrapper_state or match.source.extras
-    if asked or beside or not seen.usual or not len(names) == len(match.names) == match.hits:
+    own_entry = overrides_entry(unwrapped(seen.walked[0][2]))
+    if asked or beside or own_entry or not seen.usual or not len(names) == len(match.names) == match.hits:
         return None
     same_names = list(match.names.values()) == list(match.names)
     stored = match.source.tensors

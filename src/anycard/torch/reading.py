@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from anycard.collection import uncollected
@@ -61,10 +63,22 @@ class Fills:
     def __iter__(self) -> Iterator[Fill]:
         return map(Fill, self.tensors, self.infos, self.names, self.plain, self.alike)
 
+    def seen_anew(self) -> Fills:
+        """The same, once code of the model's own has run: each tensor's form is to be looked at again."""
+        unsure = [False] * len(self)
+        return Fills(self.tensors, self.infos, self.names, unsure, unsure)
+
     @property
-    def addresses(self) -> list[int]:
+    def addresses(self) -> NDArray[np.uint64]:
         """Where the tensors' elements begin now."""
-        return [tensor.data_ptr() for tensor in self.tensors]
+        return np.array([tensor.data_ptr() for tensor in self.tensors], np.uint64)
+
+    @property
+    def nbytes(self) -> NDArray[np.int64]:
+        """Bytes of the tensors' elements."""
+        if all(self.alike):
+            return np.array([info.form.nbytes for info in self.infos], np.int64)
+        return np.array([tensor.nbytes for tensor in self.tensors], np.int64)
 
 
 @dataclass
@@ -134,12 +148,12 @@ def _reads(fills: Fills, check: bool) -> Reads:
     infos = fills.infos
     storages = [info.storage for info in infos]
     offsets = [info.start + storage.offset for info, storage in zip(infos, storages, strict=True)]  # type: ignore[operator]
-    nbytes = [info.form.nbytes for info in infos]
+    nbytes = fills.nbytes
     crcs: list[int | None] = []
     if check:
-        rows = zip(infos, storages, nbytes, strict=True)
+        rows = zip(infos, storages, nbytes.tolist(), strict=True)
         crcs = [store.crc if info.start == 0 and size == store.nbytes else None for info, store, size in rows]
-    return Reads(offsets, nbytes, fills.addresses, fills.names, crcs)
+    return Reads(np.array(offsets, np.int64), nbytes, fills.addresses, fills.names, crcs)
 
 
 def _all_straight(fills: Fills) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -29,8 +30,8 @@ class _Copy:
     def __init__(
         self,
         tensors: Sequence[torch.Tensor],
-        addresses: Sequence[int],
-        sizes: Sequence[int],
+        addresses: NDArray[np.uint64],
+        sizes: NDArray[np.int64],
         forms: Callable[[], Iterable[_Form]],
     ) -> None:
         self._tensors, self._addresses, self._sizes, self._forms = tensors, addresses, sizes, forms
@@ -39,12 +40,15 @@ class _Copy:
 
     def back(self) -> None:
         """Give the tensors their bytes back; new memory to those that have been given other memory meanwhile."""
-        places = list(accumulate(self._sizes, initial=0))[:-1]
-        rows = zip(self._tensors, places, self._addresses, self._sizes, self._forms(), strict=True)
+        places = np.cumsum(self._sizes) - self._sizes
+        columns = (column.tolist() for column in (places, self._addresses, self._sizes))
+        rows = zip(self._tensors, *columns, self._forms(), strict=True)
         for tensor, place, address, nbytes, (dtype, shape, stride) in rows:
+            if not nbytes:
+                continue
             if tensor.is_cpu and tensor.dtype == dtype and tensor.nbytes == nbytes and tensor.data_ptr() == address:
                 self._source.read_into(place, memory(address, nbytes))
-            elif nbytes:
+            else:
                 old = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
                 self._source.read_into(place, memory(old.data_ptr(), nbytes))
                 tensor.data = old.view(dtype).as_strided(shape, stride)
@@ -85,7 +89,8 @@ class Undo:
             elif not (is_lazy(tensor) or tensor.is_meta):
                 kept.append((tensor, tensor.detach().clone()))
         forms: list[_Form] = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in plain]
-        self._keep(plain, [tensor.data_ptr() for tensor in plain], [tensor.nbytes for tensor in plain], lambda: forms)
+        addresses = np.array([tensor.data_ptr() for tensor in plain], np.uint64)
+        self._keep(plain, addresses, np.array([tensor.nbytes for tensor in plain], np.int64), lambda: forms)
 
         def back() -> None:
             with torch.no_grad():
@@ -98,8 +103,10 @@ class Undo:
     def keep_filled(self, filling: Filling) -> None:
         """Copy the values of what is about to be filled."""
         self.keep_bytes(filling.staged.tensors)
-        addresses = list(chain.from_iterable(reads.addresses for _, reads in filling.reads))
-        sizes = list(chain.from_iterable(reads.nbytes for _, reads in filling.reads))
+        if not filling.reads:
+            return
+        addresses = np.concatenate([reads.addresses for _, reads in filling.reads])
+        sizes = np.concatenate([reads.nbytes for _, reads in filling.reads])
 
         def forms() -> Iterable[_Form]:  # they are what is stored: else no bytes would go straight
             return ((TO_TORCH[info.dtype], info.shape, info.stride) for info in filling.straight.infos)
@@ -109,8 +116,8 @@ class Undo:
     def _keep(
         self,
         tensors: Sequence[torch.Tensor],
-        addresses: Sequence[int],
-        sizes: Sequence[int],
+        addresses: NDArray[np.uint64],
+        sizes: NDArray[np.int64],
         forms: Callable[[], Iterable[_Form]],
     ) -> None:
         if tensors:
