@@ -20,8 +20,9 @@ _HOW = (
     "posix_fadvise DONTNEED, mincore < 1 %. written: as many bytes written, synced and freed before the clock; what "
     "anycard writes is durable, what others write where the name says so. extra: the most memory above what the "
     "process held, less a model that the run makes; of whole processes, all of it; pages of a mapped file count once "
-    "touched. read: bytes read by calls over bytes of the file (mapped bytes are not read by calls). calls: reading "
-    "and writing system calls per MiB of the file."
+    "touched; a copy of old values that anycard keeps in a file in memory (of many small tensors, up to 64 MiB) does "
+    "not. read: bytes read by calls over bytes of the file (mapped bytes are not read by calls). calls: reading and "
+    "writing system calls per MiB of the file."
 )
 
 
