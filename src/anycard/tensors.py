@@ -162,9 +162,9 @@ class Form:
         self.row_major = is_row_major(shape, self.stride)
 
     def replace(self, **changes: Any) -> Form:
-        """A copy with some attributes changed."""
+        """The same with some attributes changed."""
         names = ("dtype", "shape", "stride", "conj", "neg", "parameter", "requires_grad", "kind")
-        return Form(**{name: changes.get(name, getattr(self, name)) for name in names})
+        return form_of(**{name: changes.get(name, getattr(self, name)) for name in names})
 
 
 form_of = lru_cache(maxsize=4096)(Form)

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from anycard.disk import vectors
 from anycard.disk.source import FileSource, MemorySource, Source
 from anycard.disk.transfer import Batch, Pieces, Reads
-from anycard.limits import DEFAULT, Limits
+from anycard.limits import DEFAULT
 
 _NAME = "the way back"
 _MANY = 64  # places; a load may keep copies of few for each of many modules, and descriptors are few
 _SMALL = 64 << 10  # bytes of the average place
 
 
-def keep(addresses: NDArray[np.uint64], nbytes: NDArray[np.int64], *, limits: Limits = DEFAULT) -> Source:
+def keep(addresses: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> Source:
     """What stands in these places now, one after the other; to be closed when it is of no more use.
 
     The places are to be alive and of the sizes given.
@@ -31,10 +31,9 @@ def keep(addresses: NDArray[np.uint64], nbytes: NDArray[np.int64], *, limits: Li
     fd = _unnamed_file() if many_small else -1
     if fd < 0:
         return _in_memory(addresses, nbytes)
-
     try:
         reads = Reads(np.cumsum(nbytes) - nbytes, nbytes, addresses, ())
-        for batch in Pieces(reads, limits).batches(limits):  # one writes at a time anyhow
+        for batch in Pieces(reads, DEFAULT).batches(DEFAULT):  # one writes at a time anyhow
             _write(fd, batch)
     except OSError:  # no room for files in memory (a container may bound them)
         os.close(fd)

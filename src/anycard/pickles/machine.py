@@ -311,9 +311,8 @@ class Machine:
             target.__dict__.update(own)
         elif isinstance(target, TensorInfo):
             if target.parameter and type(state) is tuple and state[:1] == (False,):
-                target.form = target.form.replace(
-                    requires_grad=False
-                )  # below torch 0.4; the parameter was made for this very object
+                # Below torch 0.4; the parameter was made for this very object.
+                target.form = target.form.replace(requires_grad=False)
         elif not isinstance(target, (dict, list, set)):
             raise FormatError(f"BUILD on a {type(target).__name__}")
 
