@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from speed.subjects import Model
 
-FLOOR, USUAL, PEER, OURS = "floor", "usual", "peer", "ours"
+FLOOR, LEAST, USUAL, PEER, OURS = "floor", "least", "usual", "peer", "ours"
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Contestant:
     """One way to do the job.
 
     Attributes:
-        role: FLOOR (a bare loop), USUAL (torch by itself), PEER (another library or another way of torch's), OURS.
+        role: FLOOR (a bare loop), LEAST (what it takes with names, nothing checked), USUAL (torch by itself),
+            PEER (another library or another way of torch's), OURS.
         call: The function that prepares it, `module:function` of this package.
         file: The kind of file that it reads, or writes a twin of.
         library: Another library that it needs: it runs in the environment of the peers.
@@ -79,7 +80,16 @@ _STREAMERS = (
 )
 _MAPPED = Contestant("torch.load(mmap) + load_state_dict", PEER, "loading:torch_load", options={"mmap": True})
 _TORCH = Contestant("torch.load + load_state_dict", PEER, "loading:torch_load")
-_ALL = {"pth": (_MAPPED, _TORCH), "safetensors": (_LOAD_MODEL, _COPY, *_STREAMERS)}
+_OTHERS = {"pth": (_MAPPED, _TORCH), "safetensors": (_LOAD_MODEL, _COPY, *_STREAMERS)}
+# What stands between a bare loop and us: memory in many places, then names too.
+_LEAST = {
+    kind: (
+        Contestant("bare preadv to each tensor's place", LEAST, "least:scattered", kind),
+        Contestant(f"the least in Python, unchecked, .{kind}", LEAST, "least:into", kind),
+    )
+    for kind in _OTHERS
+}
+_ALL = {kind: (*_LEAST[kind], *others) for kind, others in _OTHERS.items()}
 _BEST = {"pth": (_MAPPED,), "safetensors": (_COPY,)}
 _NONE: Mapping[str, tuple[Contestant, ...]] = {"pth": (), "safetensors": ()}
 
@@ -118,7 +128,7 @@ def small() -> Contest:
         _COPY,
         Contestant("torch.load + copy_ by name", PEER, "loading:torch_load", options={"copy": True}),
         _TORCH,
-        Contestant("the least in Python, unchecked", PEER, "loading:least_into", "safetensors"),
+        *(least for _, least in _LEAST.values()),
         *ours,
     )
     return Contest("10,000 tensors of 1 KB into a model", "small tensors", "warm", contestants)
@@ -221,7 +231,11 @@ FULL = Profile(
         small(),
         layers(),
         ready("large fp32"),
-        *(into("large fp32", kind, cache) for kind in _KINDS for cache in ("warm", "cold")),
+        *(
+            into("large fp32", kind, cache, peers)
+            for kind in _KINDS
+            for cache, peers in (("warm", _ALL), ("cold", _OTHERS))
+        ),
         *(save("large fp32", kind) for kind in _KINDS),
         *(convert("large fp32", *pair) for pair in (_KINDS, _KINDS[::-1])),
         *hashing("large fp32"),
@@ -244,7 +258,7 @@ QUICK = Profile(
             "bare preadv",
             "safetensors load_model",
             "torch.load + load_state_dict",
-            "the least in Python, unchecked",
+            *(least.label for _, least in _LEAST.values()),
         ),
         _without(
             layers((250, 1000)),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 import anycard
-from anycard.disk.vectors import MOST_ROWS, read_table
 from speed.checks import Act, Check, same_bytes, same_module
 from speed.floors import read_all
 from speed.subjects import FILES, Subject
@@ -73,29 +70,6 @@ def bare_into(subject: Subject, path: Path) -> tuple[Act, Check]:
         return target
 
     return act, same_bytes(subject, kind_of(path))
-
-
-def least_into(subject: Subject, path: Path) -> tuple[Act, Check]:
-    """The least that takes names into account, in Python: a header parsed, tensors met by name, few calls to read.
-
-    Nothing is checked, of the file or of the model, and nothing kept for a way back.
-    """
-    model = existing(subject)
-
-    def act() -> nn.Module:
-        with path.open("rb", buffering=0) as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8))
-            header.pop("__metadata__", None)
-            modules = [(f"{name}." if name else "", module._parameters) for name, module in model.named_modules()]
-            own = {f"{path}{n}": t.data_ptr() for path, held in modules for n, t in held.items() if t is not None}
-            spans = sorted((*entry["data_offsets"], own[name]) for name, entry in header.items())
-            table = np.array([(address, end - begin) for begin, end, address in spans], np.uint64)
-            for first in range(0, len(table), MOST_ROWS):
-                read_table(file.fileno(), start + spans[first][0], table[first : first + MOST_ROWS])
-        return model
-
-    return act, same_module(subject)
 
 
 def anycard_into(subject: Subject, path: Path) -> tuple[Act, Check]:

@@ -8,8 +8,8 @@ from speed.contests import Contest
 from speed.results import Outcome, Results
 
 _WIDTH, _LABELS, _BAR, _ROW, _GAP = 960, 300, 500, 20, 34
-_COLOURS = {"floor": "#9aa0a6", "usual": "#c5963d", "peer": "#6f8fbf", "ours": "#2e8b57"}
-_ROLES = {"floor": "bare loop", "usual": "usual recipe", "peer": "others", "ours": "anycard"}
+_COLOURS = {"floor": "#9aa0a6", "least": "#c8cdd2", "usual": "#c5963d", "peer": "#6f8fbf", "ours": "#2e8b57"}
+_ROLES = {"floor": "bare loop", "least": "the least", "usual": "usual recipe", "peer": "others", "ours": "anycard"}
 _FONT = "font-family='sans-serif' font-size='12'"
 
 

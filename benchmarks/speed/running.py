@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from random import Random
 
 from environments import ROOT, environment, install
 from speed.contests import TINY, WARM_UP, Contest, Contestant, Profile
@@ -125,8 +126,8 @@ class Runner:
 
     def _round(self, contest: Contest, outcomes: dict[str, Outcome], turn: int) -> None:
         self.tell(f"{contest.name}, round {turn + 1}")
-        first = turn % len(contest.contestants)  # nobody is always the first
-        turns = contest.contestants[first:] + contest.contestants[:first]
+        # Nobody is always the first, or always behind the same one: what that has read may still be near.
+        turns = Random(turn).sample(contest.contestants, len(contest.contestants))
         held = [c for c in turns if not outcomes[c.label].failure]
         for at in range(0, len(held), self.profile.abreast):
             self._runs({c.label: self._started(contest, c) for c in held[at : at + self.profile.abreast]}, outcomes)
