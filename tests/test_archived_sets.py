@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import nn
 
 import anycard
-from anycard.errors import ChoiceError
+from anycard import ChoiceError
 from helpers import assert_same, filled, weights
 from test_folders_dcp import saved
 from test_folders_members import HOLDERS, packed

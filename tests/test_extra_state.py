@@ -54,7 +54,14 @@ def test_extra_state_of_the_top_module_itself(tmp_path):
     assert loaded.module.history["steps"] == 3
 
 
-@pytest.mark.parametrize("value", [lambda: argparse.Namespace(a=1), lambda: io.BytesIO(pickle.dumps({"a": 1}))])
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda: argparse.Namespace(a=1),
+        lambda: io.BytesIO(pickle.dumps({"a": 1})),
+        lambda: {"cfg": [argparse.Namespace(a=1)]},
+    ],
+)
 def test_extra_state_that_is_an_object_is_an_error_or_said(tmp_path, value):
     """An object as extra state: saving names the module; loading a plain file refuses or warns, never in silence."""
 
@@ -104,3 +111,30 @@ def test_extra_state_that_is_refused_after_loading(tmp_path):
     model = filled(Refuses(2, 2), 5)
     with unchanged(model), pytest.raises(ZeroDivisionError):
         anycard.load(tmp_path / "a.pth", model)
+
+
+class Named(Stateful):
+    """Keeps its own name."""
+
+    def get_extra_state(self) -> Any:
+        return {"name": self.history}
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel])
+def test_extra_state_goes_to_its_own_module(tmp_path, plain, wrap):
+    """Modules whose paths end alike keep apart, beside a prefix and under a key too."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Sequential(nn.ReLU(), Named(2, 2)), Named(2, 2))
+
+    source = filled(build())
+    source[0][1].history, source[1].history = "inner", "outer"
+    state = {f"net.{name}": value for name, value in wrap(source).state_dict().items()}
+    saver = (lambda m, p: torch.save(m.state_dict(), p)) if plain else anycard.save
+    saver(wrap(source), tmp_path / "a.pth")
+    torch.save(state, tmp_path / "b.pth")
+    for name, options in (("a.pth", {}), ("b.pth", {}), ("b.pth", {"key": "net"})):
+        loaded = anycard.load(tmp_path / name, build(), **options)
+        assert [loaded[0][1].history, loaded[1].history] == [{"name": "inner"}, {"name": "outer"}]
+        assert_same(weights(loaded), weights(source))

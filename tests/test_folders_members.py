@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch import nn
 
 import anycard
+from anycard import ChoiceError
 from anycard.checkpoint import open_checkpoint
-from anycard.errors import ChoiceError
 from anycard.operations.fingerprinting import fingerprint
 from helpers import assert_same, filled, unchanged, weights
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import anycard
-from anycard.errors import ChoiceError
+from anycard import ChoiceError
 from anycard.operations.fingerprinting import fingerprint
 from helpers import assert_same, bits, filled, unchanged, weights
 

@@ -91,6 +91,28 @@ def test_verify_finds_damage_before_an_existing_model_is_touched(tmp_path, suffi
             anycard.load(path, Small)
 
 
+def test_damage_in_new_memory_is_found_unless_nothing_is_to_be_checked(tmp_path):
+    """One flipped bit where an existing model takes new memory, straight or by a copy: only verify=False lets it be."""
+    path = tmp_path / "a.pth"
+    anycard.save(filled(Small()), path)
+    data = bytearray(path.read_bytes())
+    with anycard.open(path) as ckpt:
+        data[ckpt.tensors["head.weight"].offset] ^= 1
+    path.write_bytes(data)
+    with torch.device("meta"):
+        empty = Small()
+    wide = filled(Small().double(), 5)
+    for model, options in ((empty, {}), (filled(Small(), 5), {"dtype": torch.float64}), (wide, {"dtype": "float32"})):
+        with pytest.raises(anycard.FormatError, match=r"head\.weight"):
+            anycard.load(path, model, **options)
+    with unchanged(wide), pytest.raises(anycard.FormatError, match=r"head\.weight"):
+        anycard.load(path, wide, verify=True)
+    anycard.load(path, wide, verify=False)
+    anycard.load(path, wide)  # in place, by a copy
+    anycard.load(path, Small, dtype=torch.float64, verify=False)
+    anycard.load(path, empty, verify=False)
+
+
 def test_a_hook_that_gives_other_memory_and_raises(tmp_path):
     """A post-hook halves a parameter before it raises: its old values come back, in memory of their own size."""
     anycard.save(filled(Small()), tmp_path / "a.pth")

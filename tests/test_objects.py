@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import enum
 import io
 import random
 from typing import Any
@@ -74,6 +75,20 @@ def test_a_dict_of_objects_is_checked_before_any_is_filled(tmp_path):
     assert_same(weights(anycard.load(tmp_path / "a.ckpt", lambda: Small(7))), weights(two))
 
 
+def test_arguments_that_mean_nothing_for_a_dict_or_a_whole_model_are_refused(tmp_path):
+    """None is passed over in silence."""
+    model = filled(nn.Linear(2, 2))
+    anycard.save({"model": model}, tmp_path / "a.ckpt")
+    anycard.save(model, tmp_path / "whole.pt", whole=True)
+    with pytest.raises(TypeError, match="key="):
+        anycard.load(tmp_path / "a.ckpt", {"model": model}, key="model")
+    with pytest.raises(TypeError, match="plan takes one model"):
+        anycard.plan(tmp_path / "a.ckpt", {"model": model})
+    assert anycard.plan(tmp_path / "a.ckpt", model, key="model").fits
+    with pytest.raises(TypeError, match="only="):
+        anycard.load(tmp_path / "whole.pt", only="weight")
+
+
 def test_a_dict_of_objects_from_plain_torch(tmp_path):
     """What torch.save wrote by hand fills a dict of objects just the same."""
     source = filled(Small())
@@ -85,3 +100,75 @@ def test_a_dict_of_objects_from_plain_torch(tmp_path):
     state = anycard.load(tmp_path / "a.ckpt", {"net": model, "opt": other})
     assert state["epoch"] == 2 and other.param_groups[0]["lr"] == 0.25
     assert_same(weights(model), weights(source))
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Level(str, enum.Enum):
+    HIGH = "high"
+
+
+def test_keys_are_what_plain_torch_reads(tmp_path):
+    """numpy's numbers become numbers, dtypes and tuples stay; an object as a key is refused by name."""
+    counts = dict(zip(*np.unique(np.array([3, 3, 4]), return_counts=True), strict=True))
+    tree = {"counts": counts, "by": {torch.float16: 1, ("a", np.int64(2)): 2, None: 3}, np.str_("text"): 4}
+    anycard.save({"model": Small(), **tree}, tmp_path / "a.ckpt")
+    assert anycard.scan(tmp_path / "a.ckpt").clean
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert held["counts"] == {3: 2, 4: 1} and {type(key) for key in held["counts"]} == {int}
+    assert held["by"] == {torch.float16: 1, ("a", 2): 2, None: 3} and held["text"] == 4
+    for key in (Colour.RED, Level.HIGH, Small, ("a", Colour.RED)):
+        with pytest.raises(anycard.CheckpointError, match=r"config\.0 has the key .*(Colour|Level|Small)"):
+            anycard.save({"config": [{key: 1}]}, tmp_path / "b.ckpt")
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_module_without_tensors_among_objects(tmp_path, plain):
+    """A loss has no weights: it is saved and loaded like the others; one that has some and finds none is refused."""
+    objects = {"model": filled(Small()), "criterion": nn.CrossEntropyLoss()}
+    if plain:
+        torch.save({name: module.state_dict() for name, module in objects.items()}, tmp_path / "a.ckpt")
+    else:
+        anycard.save(objects, tmp_path / "a.ckpt")
+    model = filled(Small(), 5)
+    anycard.load(tmp_path / "a.ckpt", {"model": model, "criterion": nn.MSELoss()})
+    assert_same(weights(model), weights(objects["model"]))
+    with unchanged(model), pytest.raises(anycard.CheckpointError, match="criterion"):
+        anycard.load(tmp_path / "a.ckpt", {"model": model, "criterion": filled(Small(), 5)})
+
+
+def test_what_could_not_be_put_back_is_named_for_every_object(tmp_path):
+    """Two models without a way back, then an optimizer that refuses: `.changed` names all, the message says so once."""
+    build = lambda: nn.Linear(4100, 4100, bias=False)  # noqa: E731 - more than what is kept for the way back
+    mine = {"g": build(), "d": build()}
+    anycard.save({**mine, "opt": torch.optim.SGD([*mine["g"].parameters(), torch.ones(1)], 0.1)}, tmp_path / "a.ckpt")
+    wrong = torch.optim.SGD([torch.zeros(1)], 0.1)
+    with pytest.raises(anycard.CheckpointError, match="opt would not load") as caught:
+        anycard.load(tmp_path / "a.ckpt", {**mine, "opt": wrong})
+    assert caught.value.changed == ("g.weight", "d.weight")
+    assert "Nothing was changed" not in str(caught.value) and str(caught.value).count("overwritten") == 1
+
+
+def test_data_that_holds_itself(tmp_path):
+    """A dict in itself beside the model: it comes back so; convert leaves it out, and says so."""
+    ring: dict[str, Any] = {"a": 1, "t": torch.ones(2)}
+    ring["self"] = ring
+    shared = torch.rand(3)
+    torch.save({"model": filled(Small()).state_dict(), "ring": ring, "list": [shared, shared]}, tmp_path / "a.pt")
+    state = anycard.load(tmp_path / "a.pt", {"model": Small()})
+    assert state["ring"]["self"] is state["ring"] and state["list"][0] is state["list"][1]
+    done = anycard.convert(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert done.left_behind == ("ring.self",)
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["ring"]["a"] == 1
+
+
+def test_convert_says_which_entries_it_leaves_out(tmp_path):
+    """A key that takes a class of yours stays behind by name, with no bytes of it; a dtype goes over."""
+    tree = {"model": filled(Small()).state_dict(), "by": {torch.float16: torch.ones(2), Colour.RED: torch.ones(3)}}
+    torch.save(tree, tmp_path / "a.pt")
+    done = anycard.convert(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert len(done.left_behind) == 1 and done.left_behind[0].startswith("by.")
+    held = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert list(held["by"]) == [torch.float16] and done.tensors == len(held["model"]) + 1

@@ -221,9 +221,14 @@ def test_a_sparse_buffer_is_planned_and_refused_by_name(tmp_path):
     before = weights(model)
     torch.save({**filled(nn.Linear(2, 2)).state_dict(), "mask": torch.eye(3)}, tmp_path / "a.pth")
     model.register_buffer("mask", torch.eye(3).to_sparse())
-    assert anycard.plan(tmp_path / "a.pth", model).total == 3
-    with pytest.raises(anycard.CheckpointError, match="mask is a sparse_coo tensor"):
+    plan = anycard.plan(tmp_path / "a.pth", model)
+    assert (plan.total, plan.fits, plan.layouts) == (3, False, {"mask": "sparse_coo"})
+    assert "1 not dense in the model" in str(plan)
+    with pytest.raises(anycard.MismatchError, match="mask: sparse_coo in the model"):
         anycard.load(tmp_path / "a.pth", model)
     assert_same({name: model.state_dict()[name] for name in before}, before)
+    with pytest.warns(UserWarning, match="mask"):
+        anycard.load(tmp_path / "a.pth", model, strict=False)
+    assert_same_bits(model.bias, filled(nn.Linear(2, 2)).bias)
     anycard.load(tmp_path / "a.pth", model, only=["weight", "bias"])
     assert_same_bits(model.weight, filled(nn.Linear(2, 2)).weight)

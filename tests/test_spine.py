@@ -249,6 +249,21 @@ def test_the_core_needs_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code, *files], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_what_needs_torch_says_so(tmp_path):
+    """Where torch is not installed: `check` ends in a line and 2, and so does a program that asks for `load`."""
+    anycard.save(filled(Net()), tmp_path / "a.pth")
+    ways = (
+        "from anycard.cli.main import run; sys.argv = ['anycard', 'check', sys.argv[1], 'os:getcwd']; run()",
+        "import anycard\ntry: anycard.load\nexcept ModuleNotFoundError as error: sys.exit(str(error))",
+        "from anycard import read",
+    )
+    for way, code in zip(ways, (2, 1, 1), strict=True):
+        command = [sys.executable, "-c", f"import sys; sys.modules['torch'] = None\n{way}", str(tmp_path / "a.pth")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, "needs PyTorch" in done.stderr) == (code, True), done.stderr
+        assert code == 1 or "Traceback" not in done.stderr
+
+
 def test_a_killed_save_leaves_the_old_file(tmp_path):
     """SIGKILL in the middle of a save: the old file stays, and the next save clears the litter."""
     path = tmp_path / "model.pth"

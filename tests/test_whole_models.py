@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import anycard
-from helpers import Small, assert_same, assert_same_bits, both, everything, filled, quiet, weights
+from helpers import Small, assert_same, assert_same_bits, both, everything, filled, quiet, told, unchanged, weights
 
 SCRIPT = """
 import sys, torch
@@ -203,6 +203,18 @@ def test_a_whole_model_with_old_norms(tmp_path):
     assert_same(weights(anycard.load(tmp_path / "a.pt", build)), weights(model))
 
 
+def test_a_whole_model_tells_how_far_it_is(tmp_path):
+    """`progress=` counts up to all of its bytes, a tied tensor's once."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False))
+    model[2].weight = model[0].weight
+    anycard.save(model, tmp_path / "a.pt", whole=True)
+    seen: list[tuple[int, int]] = []
+    anycard.load(tmp_path / "a.pt", progress=lambda done, total: seen.append((done, total)))
+    nbytes = 4 * (16 + 4 * 4) + 8
+    assert seen[-1] == (nbytes, nbytes)
+    assert [total for _, total in seen] == [nbytes] * len(seen)
+
+
 def test_a_whole_model_of_torchs_own_layers_needs_no_trust(tmp_path):
     """Recurrent, attention and embedding layers rebuild without allow= and compute the same."""
     layers = {"gru": nn.GRU(2, 3), "enc": nn.TransformerEncoderLayer(4, 2, 4), "bag": nn.EmbeddingBag(3, 2)}
@@ -213,3 +225,58 @@ def test_a_whole_model_of_torchs_own_layers_needs_no_trust(tmp_path):
     assert_same(weights(rebuilt), weights(model))
     assert_same_bits(rebuilt["gru"](x)[0], model["gru"](x)[0])
     assert_same_bits(rebuilt["enc"](y), model["enc"](y))
+
+
+class Actor(nn.Module):
+    """Learns a tensor that is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_alpha = torch.full((1,), 0.5, requires_grad=True)
+        self.fixed = torch.ones(2)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_tensor_attribute_that_is_learned(tmp_path, plain):
+    """It asks for gradients after the load, as before, by anycard and by plain PyTorch."""
+    torch.save(Actor(), tmp_path / "a.pt") if plain else anycard.save(Actor(), tmp_path / "a.pt", whole=True)
+    for model in (
+        anycard.load(tmp_path / "a.pt", allow=f"{__name__}.Actor"),
+        torch.load(tmp_path / "a.pt", weights_only=False),
+    ):
+        assert model.log_alpha.requires_grad and not model.fixed.requires_grad
+        assert_same_bits(model.log_alpha.detach(), torch.full((1,), 0.5))
+
+
+def test_what_tensors_carry_beside_their_values_is_said(tmp_path):
+    """An attribute of a parameter and a class of its own are not written; a warning names them."""
+
+    class Marked(torch.Tensor):
+        pass
+
+    model = filled(nn.Linear(2, 2))
+    model.mean = nn.Buffer(torch.ones(2))
+    with quiet():
+        anycard.save(model, tmp_path / "a.pt", whole=True)
+    model.weight._no_weight_decay = True
+    model.scale = torch.ones(2).as_subclass(Marked)
+    told(lambda: anycard.save(model, tmp_path / "a.pt", whole=True), "_no_weight_decay", "the class Marked")
+    assert_same(weights(anycard.load(tmp_path / "a.pt")), weights(model))
+
+
+def test_wrong_arguments_are_told_at_once(tmp_path):
+    """Classes for allow=, a rename that forgets what stays, a path that is none: TypeError, with what is expected."""
+    model = filled(nn.Linear(2, 2))
+    anycard.save(model, tmp_path / "a.pt", whole=True)
+    with pytest.raises(TypeError, match=r"allow takes names such as .*Actor'"):
+        anycard.load(tmp_path / "a.pt", allow=[Actor])
+    for rename in (lambda name: None, {"weight": None}):
+        with unchanged(model), pytest.raises(TypeError, match="rename"):
+            anycard.load(tmp_path / "a.pt", model, rename=rename)
+    with unchanged(model), pytest.raises(TypeError, match="only"):
+        anycard.load(tmp_path / "a.pt", model, only=[0])
+    for path in (b"x.pt", None, 3):
+        with pytest.raises(TypeError, match="path"):
+            anycard.save(model, path)
+        with pytest.raises(TypeError, match="path"):
+            anycard.load(path, model)

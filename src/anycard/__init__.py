@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from anycard.checkpoint import open_checkpoint as open
     from anycard.errors import (
         CheckpointError,
+        ChoiceError,
         DeviceError,
         FormatError,
         MismatchError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Checkpoint": ("anycard.checkpoint", "Checkpoint"),
     "CheckpointError": ("anycard.errors", "CheckpointError"),
+    "ChoiceError": ("anycard.errors", "ChoiceError"),
     "DeviceError": ("anycard.errors", "DeviceError"),
     "FormatError": ("anycard.errors", "FormatError"),
     "LoadPlan": ("anycard.plans.load_plan", "LoadPlan"),
@@ -50,6 +52,7 @@ _HOMES = {
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "ChoiceError",
     "DeviceError",
     "FormatError",
     "LoadPlan",
@@ -77,7 +80,13 @@ if not TYPE_CHECKING:
             raise AttributeError(f"module 'anycard' has no attribute {name!r}") from None
         import importlib
 
-        value = getattr(importlib.import_module(module), attribute)
+        try:
+            value = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            message = f"anycard.{name} needs PyTorch, which is not installed here: pip install torch"
+            raise ModuleNotFoundError(message, name="torch") from None
         globals()[name] = value
         return value
 

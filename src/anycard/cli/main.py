@@ -47,6 +47,10 @@ def run() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         cli()
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        fail(error)
     except FileNotFoundError as error:
         fail(f"{error.filename}: there is no such file")
     except (CheckpointError, OSError, ValueError, TypeError) as error:

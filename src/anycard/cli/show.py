@@ -16,7 +16,7 @@ from anycard.tensors import TensorInfo
 @click.command("show")
 @click.argument("file")
 @click.option("--tree", is_flag=True, help="Print the objects as a tree; a whole model as print(model) would.")
-@click.option("--names", is_flag=True, help="Print canonical names only, one a line.")
+@click.option("--names", is_flag=True, help="Print names only: canonical ones, or full paths of several state dicts.")
 @KEY
 @MEMBER
 @AS_JSON

@@ -133,11 +133,14 @@ class Archive:
             raise FormatError(f"two records are called {short(full)!r}, but for upper and lower case")
         return self._by_name.get(full)
 
-    def find_each(self, names: Sequence[str]) -> list[Record] | None:
-        """The records of these names, which are in lower case; None where they are not all there, each once."""
-        found = list(map(self._by_name.get, [self._folder + name for name in names]))
-        held = [record for record in found if record is not None]
-        return held if len(held) == len(found) and not self._twice else None
+    def find_each(self, folder: str, names: Sequence[str], suffix: str) -> list[Record] | None:
+        """The records of these names, all of it in lower case; None where they are not all there, each once."""
+        start = self._folder + folder
+        try:
+            found = list(map(self._by_name.__getitem__, [f"{start}{name}{suffix}" for name in names]))
+        except KeyError:
+            return None
+        return None if self._twice else found
 
     def below(self) -> dict[str, Record]:
         """The records in the folder, by their names in it."""
@@ -213,12 +216,13 @@ class Storages:
 
     def storages(self, keys: Sequence[str], location: str) -> list[Storage]:
         """The storages of many keys, which are decimal numbers; up to the first that is not there."""
-        records = self._archive.find_each([f"{self._folder}{key}{self._suffix}" for key in keys])
+        records = self._archive.find_each(self._folder, keys, self._suffix)
         new = len(set(keys)) == len(keys) and self._made.keys().isdisjoint(keys)
-        in_file = not isinstance(self._archive.source, MemorySource)
-        if records is None or not (new and in_file) or any(record.compressed for record in records):
+        if records is None or not new or isinstance(self._archive.source, MemorySource):
             return self._one_by_one(keys, location)
-        _, offsets, sizes, _, crcs, _ = zip(*records, strict=True)
+        _, offsets, sizes, _, crcs, packed = zip(*records, strict=True)
+        if any(packed):
+            return self._one_by_one(keys, location)
         source, base = self._archive.source.origin(0)
         places = [base + offset for offset in offsets] if base else offsets
         same = (repeat(location), repeat(source), places, repeat(None), crcs, repeat(self._big))

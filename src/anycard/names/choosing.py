@@ -54,7 +54,8 @@ def subtree(candidate: StateDict, key: str) -> StateDict | None:
             names = candidate.canonical
             inner = None if names is None else {n: without_segments(n) for n in tensors}
             told = partial(_below, candidate, prefix)
-            return StateDict(full, tensors, inner, wrappers=candidate.wrappers, told=told)
+            extras = {n[len(prefix) + 1 :]: v for n, v in candidate.extras.items() if n.startswith(prefix + ".")}
+            return StateDict(full, tensors, inner, extras, candidate.wrappers, told=told)
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from anycard.checkpoint import Checkpoint
 from anycard.disk.pieces import Piece
@@ -15,9 +15,10 @@ from anycard.operations.proving import Proof
 from anycard.pickles.stubs import Inert, Size
 from anycard.pickles.writer import GlobalRef, Reduced, TensorRef
 from anycard.plans.matching import Match, canonical_metadata
-from anycard.tensors import TensorInfo, row_major
+from anycard.tensors import DTYPES, TensorInfo, row_major
 
 _GONE = object()
+_DEEPEST = 200  # levels of containers
 _PLAIN = (bool, int, float, str, bytes, complex, type(None))
 
 
@@ -37,6 +38,7 @@ class Copier:
         self.gone: list[str] = []
         self._ckpt = ckpt
         self._known: dict[object, TensorRef] = {}
+        self._above: set[int] = set()  # what holds the value in hand; a container may hold itself
 
     def everything(self) -> Any:
         """All of the file's object; each state dict in it under canonical names."""
@@ -77,25 +79,70 @@ class Copier:
 
     def _copy(self, value: Any, path: str, dicts: Mapping[str, StateDict]) -> Any:
         found = dicts.get(path)
-        if found is not None and (found.canonical is not None or _flat(value, found)):
+        if found is not None and is_flat(value, found):
+            return self._with_the_rest(self.state_dict(found), value, found, path)
+        if found is not None and found.canonical is not None:
+            self.gone += [name for name in self._ckpt.objects if name.startswith(join(path, ""))]
             return self.state_dict(found)
         if isinstance(value, TensorInfo):
             return self._tensor(value, path)
-        if type(value) in _PLAIN:
-            return value
-        if isinstance(value, Mapping):
-            items = ((k, self._copy(v, join(path, k), dicts)) for k, v in value.items())
-            return {k: v for k, v in items if v is not _GONE and not isinstance(k, (Inert, type))}
+        if type(value) in _PLAIN or _is_dtype(value):
+            return _key(value)
         if isinstance(value, Size):
             return Reduced(GlobalRef("torch", "Size"), (tuple(value),))
-        if isinstance(value, (list, tuple, set)):
-            copies = (self._copy(v, join(path, i), dicts) for i, v in enumerate(value))
-            return type(value)(None if v is _GONE else v for v in copies)
+        if (
+            isinstance(value, (Mapping, list, tuple, set))
+            and id(value) not in self._above
+            and len(self._above) < _DEEPEST
+        ):
+            self._above.add(id(value))
+            made = self._container(value, path, dicts)
+            self._above.discard(id(value))
+            return made
         self.gone.append(path)
         return _GONE
 
+    def _with_the_rest(
+        self, tree: OrderedDict[str, Any], value: Mapping[Any, Any], found: StateDict, path: str
+    ) -> OrderedDict[str, Any]:
+        """The state dict, and what lies among its tensors and is none."""
+        rest = {k: v for k, v in value.items() if not (k in found.tensors or k in found.extras)}
+        self._above.add(id(value))
+        for key, held in self._container(rest, path, {}).items():
+            tree.setdefault(key, held)
+        self._above.discard(id(value))
+        return tree
 
-def _flat(value: Any, found: StateDict) -> bool:
+    def _container(self, value: Any, path: str, dicts: Mapping[str, StateDict]) -> Any:
+        if not isinstance(value, Mapping):
+            copies = (self._copy(v, join(path, i), dicts) for i, v in enumerate(value))
+            return type(value)(None if v is _GONE else v for v in copies)
+        made: dict[Any, Any] = {}
+        for key, held in value.items():
+            own, below = _key(key), join(path, key)
+            if own is _GONE:  # an enumeration's member, say: its class is needed for it
+                self.gone.append(below)
+            elif (copied := self._copy(held, below, dicts)) is not _GONE:
+                made[own] = copied
+        return made
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Inert) and value.module == "torch" and value.name in DTYPES
+
+
+def _key(key: Any) -> Any:
+    """What cannot change as the pickler writes it; `_GONE` for an object."""
+    if type(key) is tuple:
+        parts = tuple(_key(part) for part in key)
+        return _GONE if _GONE in parts else parts
+    if _is_dtype(key):
+        return GlobalRef("torch", key.name)
+    return key if type(key) in _PLAIN else _GONE
+
+
+def is_flat(value: Any, found: StateDict) -> TypeGuard[Mapping[Any, Any]]:
+    """The object is a dict that has the state dict's tensors under these very names."""
     return isinstance(value, Mapping) and all(isinstance(value.get(name), TensorInfo) for name in found.tensors)
 
 

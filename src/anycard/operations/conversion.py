@@ -20,7 +20,7 @@ from anycard.formats.torch_zip_writer import write_torch_zip
 from anycard.limits import DEFAULT
 from anycard.names.choosing import canonical_names, wrapper_state
 from anycard.names.stored import StateDict
-from anycard.operations.contents import Copier
+from anycard.operations.contents import Copier, is_flat
 from anycard.operations.proving import Proof
 from anycard.pickles.writer import dump
 from anycard.plans.matching import Match, canonical_metadata
@@ -94,13 +94,14 @@ def _to_zip(ckpt: Checkpoint, key: str | None, dst: str, progress: Progress) -> 
     copier = Copier(ckpt, proof)
     dicts = ckpt.state_dicts
     found = ckpt.chosen(key) if key is not None or [d.key for d in dicts] == [""] else None
-    tree = copier.everything() if found is None else copier.state_dict(found)
+    whole = found is None or (key is None and is_flat(ckpt.tree, found))
+    tree = copier.everything() if found is None or whole else copier.state_dict(found)
     mark = {"anycard": 1} if found is None else _mark(ckpt, found)
     mark.pop("metadata", None)  # a torch zip has a place of its own for it
     with counting(progress, sum(piece.nbytes for piece in copier.pieces)) as done, replace_file(dst) as file:
         write_torch_zip(file, dump(tree), [counted(piece, done) for piece in copier.pieces], mark, DEFAULT)
         proof.check()
-    return copier.count, tuple(copier.gone) if found is None else _beside(ckpt, found)
+    return copier.count, tuple(copier.gone) if found is None or whole else _beside(ckpt, found)
 
 
 def _refuse_other_tensors(ckpt: Checkpoint, found: StateDict) -> None:

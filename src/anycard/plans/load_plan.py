@@ -29,6 +29,7 @@ class LoadPlan:
         shapes: Name -> (shape in the file, shape in the model), where they differ.
         casts: Name -> (dtype in the file, dtype in the model), where they differ.
         refused: The names among `casts` that would lose a kind (float into integer).
+        layouts: Name -> layout of a tensor of the model that is not dense ("sparse_coo"), so that nothing can fill it.
         conflicts: Pairs of tied names for which the file stores two tensors.
         nearest: Missing name -> the nearest name in the file of the same shape.
         notes: What else a reader should know, a line each.
@@ -46,6 +47,7 @@ class LoadPlan:
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     casts: dict[str, tuple[str, str]] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
+    layouts: dict[str, str] = field(default_factory=dict)
     conflicts: tuple[tuple[str, str], ...] = ()
     nearest: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -57,7 +59,7 @@ class LoadPlan:
     @property
     def fits(self) -> bool:
         """A strict load would go through (values of tied names aside)."""
-        return not (self.missing or self.unexpected or self.shapes or self.refused or self.unfillable)
+        return not (self.missing or self.unexpected or self.shapes or self.refused or self.layouts or self.unfillable)
 
     def problems(self) -> list[str]:
         """A line for everything that does not fit."""
@@ -70,6 +72,10 @@ class LoadPlan:
         lines += [
             f"  dtype       {name}: {self.casts[name][0]} in the file into {self.casts[name][1]} would lose what it is"
             for name in self.refused
+        ]
+        lines += [
+            f"  layout      {name}: {layout} in the model, and only dense tensors can be filled: to_dense()"
+            for name, layout in self.layouts.items()
         ]
         lines += [f"  no value    {name}: on the meta device and not in the file; {_META}" for name in self.unfillable]
         return lines
@@ -100,7 +106,7 @@ class LoadPlan:
             for held, word in (
                 (self.missing, "missing"), (self.unexpected, "unexpected"),
                 (self.shapes, "of another shape"), (self.refused, "of another kind of dtype"),
-                (self.unfillable, "without a value"),
+                (self.layouts, "not dense in the model"), (self.unfillable, "without a value"),
             )
             if held
         ]  # fmt: skip

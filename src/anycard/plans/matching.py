@@ -258,7 +258,12 @@ def check_rename(rename: Rename) -> None:
         ValueError: A pattern is no regular expression, or the list holds no pairs.
         TypeError: It is no mapping, list or function.
     """
-    if callable(rename) or isinstance(rename, Mapping):
+    if isinstance(rename, Mapping):
+        odd = [pair for pair in rename.items() if not all(isinstance(part, str) for part in pair)]
+        if odd:
+            raise TypeError(f"rename: {odd[0]!r:.80} are no two names")
+        return
+    if callable(rename):
         return
     if not isinstance(rename, (list, tuple)):
         raise TypeError(f"rename is a mapping, a list of (regex, replacement) or a function, not {rename!r:.80}")
@@ -273,7 +278,10 @@ def check_rename(rename: Rename) -> None:
 def renamed(name: str, rename: Rename) -> str:
     """The name after the caller's renames: mapping, list of (regex, replacement), or function."""
     if callable(rename):
-        return rename(name)
+        new = rename(name)
+        if not isinstance(new, str):
+            raise TypeError(f"rename gave {new!r:.80} for {name!r}: it gives every name, also one that stays as it is")
+        return new
     if isinstance(rename, Mapping):
         for old in sorted(rename, key=len, reverse=True):
             if name == old:
@@ -300,6 +308,8 @@ def selected(names: Iterable[str], only: Only) -> set[str]:
         chosen = {name for name in held if only(name)}
     else:
         globs = [only] if isinstance(only, str) else list(only)
+        if not all(isinstance(glob, str) for glob in globs):
+            raise TypeError(f"only is a glob, a list of globs or a function of a name, not {only!r:.80}")
         chosen = {n for n in held for g in globs if fnmatch.fnmatchcase(n, g) or n.startswith(g.rstrip(".") + ".")}
     if not chosen:
         raise ValueError(f"only={only!r} matches none of the model's {len(held)} names, such as {held[:3]}")
@@ -309,6 +319,18 @@ def selected(names: Iterable[str], only: Only) -> set[str]:
 def infos(match: Match) -> dict[str, TensorInfo]:
     """Canonical name -> stored tensor, of a match."""
     return {name: match.source.tensors[stored] for name, stored in match.names.items()}
+
+
+def extra_states(match: Match, wanted: Iterable[str]) -> dict[str, str]:
+    """The model's name of an extra state -> the stored one: that of its own module, else the only one that ends so."""
+    paths = _module_paths(match)
+    own = {moved(without_segments(stored), paths): stored for stored in match.source.extras}
+    found = {name: own[name] for name in wanted if name in own}
+    for name in wanted:
+        ends = [n for n in match.source.extras if n.endswith("." + name) and n not in found.values()]
+        if name not in found and len(ends) == 1:
+            found[name] = ends[0]
+    return found
 
 
 def canonical_metadata(match: Match, mark: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
 from anycard.errors import MismatchError
+from anycard.names.paths import join
 from anycard.pickles.stubs import Inert
 from anycard.torch.reading import materialise, read_tensor
 from anycard.torch.self_loading import overrides_entry, run_own_loading
+from anycard.torch.survey import Target
 from anycard.torch.undo import Undo
 from anycard.torch.work import OwnLoader, Work
 from anycard.warning import warn
 
 
-def call_loaders(work: Work, undo: Undo | None, strict: bool) -> None:
-    """Let modules that compute on load do so, with real tensors.
+def call_loaders(work: Work, undo: Undo | None, strict: bool, *, check: bool) -> None:
+    """Let modules that compute on load do so, with real tensors; `check`: their CRCs.
 
     Raises:
         MismatchError: One refused what the file holds. The model is as it was.
@@ -30,7 +33,22 @@ def call_loaders(work: Work, undo: Undo | None, strict: bool) -> None:
     for loader in work.called:
         if undo is not None:
             _remember(loader.module, undo)
-        _call(loader, work, strict)
+        with _sparing(loader.spared):
+            _call(loader, work, strict, check)
+
+
+@contextmanager
+def _sparing(targets: Sequence[Target]) -> Iterator[None]:
+    """Give these their tensors and values back, whatever is done to them meanwhile."""
+    kept = [(target, target.tensor.detach().clone()) for target in targets if not is_lazy(target.tensor)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for target, old in kept:
+                if not old.is_meta:
+                    target.tensor.detach().copy_(old)
+                    target.slots[target.attribute] = target.tensor  # type: ignore[index]
 
 
 def _remember(module: nn.Module, undo: Undo) -> None:
@@ -40,8 +58,8 @@ def _remember(module: nn.Module, undo: Undo) -> None:
         undo.keep_slots(inner)
 
 
-def _call(loader: OwnLoader, work: Work, strict: bool) -> None:
-    state: OrderedDict[str, Any] = OrderedDict((n, read_tensor(i, n)) for n, i in loader.given.items())
+def _call(loader: OwnLoader, work: Work, strict: bool, check: bool) -> None:
+    state: OrderedDict[str, Any] = OrderedDict((n, read_tensor(i, n, check=check)) for n, i in loader.given.items())
     for module, name, value in work.extras:
         if any(module is inner for inner in loader.module.modules()):
             state[name] = _extra(value, name)
@@ -52,12 +70,14 @@ def _call(loader: OwnLoader, work: Work, strict: bool) -> None:
     unexpected: list[str] = []
     try:
         if overrides_entry(loader.module):
-            errors = _enter(loader, state, prefix, strict)
+            errors = _enter(loader, state, prefix, strict and not loader.spared)
         else:
             errors = run_own_loading(loader.module, prefix, state, loader.metadata, missing, unexpected)
     except Exception as error:
         raise _refused(name, str(error), work) from error
     if strict:
+        spared = {target.name for target in loader.spared}
+        missing = [n for n in missing if join(loader.name, n.removeprefix(prefix)) not in spared]
         errors += [f"missing {n}" for n in missing] + [f"unexpected {n}" for n in unexpected]
     if errors:
         raise _refused(name, "; ".join(errors), work)
@@ -106,12 +126,25 @@ def check_extras(work: Work) -> None:
 
 
 def _extra(value: object, name: str) -> Any:
-    if isinstance(value, (Inert, type)):
+    odd = next(_objects_in(value), None)
+    if odd is not None:
         raise MismatchError(
-            f"{name}: the extra state is an object of {getattr(value, 'path', value)}, which is not rebuilt; "
+            f"{name}: the extra state holds an object of {getattr(odd, 'path', odd)}, which is not rebuilt; "
             "strict=False loads the rest. The model was not changed."
         )
     return materialise(value)
+
+
+def _objects_in(value: object) -> Iterator[object]:
+    """What is no plain data in containers of it, which may hold themselves."""
+    stack, seen = [value], set()
+    while stack:
+        held = stack.pop()
+        if isinstance(held, (Inert, type)):
+            yield held
+        elif isinstance(held, (Mapping, list, tuple, set, frozenset)) and id(held) not in seen:
+            seen.add(id(held))
+            stack += [*held.keys(), *held.values()] if isinstance(held, Mapping) else held
 
 
 def set_extras(work: Work, undo: Undo | None, strict: bool) -> None:

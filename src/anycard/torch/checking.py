@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from anycard.checkpoint import tensor_bytes
-from anycard.errors import CheckpointError, DeviceError, MismatchError
+from anycard.errors import DeviceError, MismatchError
 from anycard.tensors import span_numel
 from anycard.torch.reading import Fill, Fills, read_tensor
 from anycard.torch.work import Options, Work
@@ -24,7 +24,6 @@ def check(work: Work, options: Options) -> None:
 
     Raises:
         MismatchError: With the plan.
-        CheckpointError: A tensor of the model is not dense.
         DeviceError: `DataParallel` keeps its model on another card than the one asked for.
     """
     plan = work.plan
@@ -33,7 +32,6 @@ def check(work: Work, options: Options) -> None:
     nothing = not work.fills and not plan.called and plan.total > 0
     if (problems and options.strict) or nothing:
         raise MismatchError(_refusal(work, problems, nothing), plan=plan, path=plan.path)
-    _check_layouts(work)
     _check_conflicts(work)
     if problems:
         warn(f"{plan.path}: loaded without what does not fit {plan.model}:\n" + "\n".join(problems))
@@ -48,19 +46,6 @@ def _check_data_parallel(model: nn.Module, options: Options) -> None:
             first = torch.device("cuda", module.device_ids[0])
             if wanted.type != "cuda" or (wanted.index or 0) != first.index:
                 raise DeviceError(f"DataParallel keeps its model on {first}, device={str(wanted)!r} was asked for")
-
-
-def _check_layouts(work: Work) -> None:
-    for fill in work.fills if not all(work.fills.plain) else ():
-        if is_lazy(fill.tensor) or fill.tensor.layout is torch.strided:
-            continue
-        layout = str(fill.tensor.layout).removeprefix("torch.")
-        raise CheckpointError(
-            f"{fill.name} is a {layout} tensor in the model, and only dense tensors can be filled: make it dense "
-            "(`to_dense()`), or leave it out with only=. The model was not changed.",
-            path=work.plan.path,
-            name=fill.name,
-        )
 
 
 def _refusal(work: Work, problems: list[str], nothing: bool) -> str:

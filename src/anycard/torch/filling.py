@@ -41,12 +41,18 @@ class _Places:
 
 
 def fill(
-    work: Work, options: Options, *, verify: bool, undo: Undo | None, progress: Progress, limits: Limits = DEFAULT
+    work: Work,
+    options: Options,
+    *,
+    verify: bool | None,
+    undo: Undo | None,
+    progress: Progress,
+    limits: Limits = DEFAULT,
 ) -> None:
     """Fill the model as planned.
 
     Args:
-        verify: Check CRCs while the bytes are warm.
+        verify: Check CRCs while the bytes are warm; None checks those of what goes into new memory.
         undo: Keeps the way back for an existing model; None for a model that is thrown away on failure.
 
     Raises:
@@ -56,12 +62,14 @@ def fill(
     if options.strict:
         check_extras(work)
     places = _allocate(work, options)
+    new = verify is not False
+    old = undo is None if verify is None else verify
     with counting(progress, work.plan.nbytes) as done, naming(work.plan.path):
-        prepare(places.new, check=verify).run(done, limits=limits)
+        prepare(places.new, check=new).run(done, limits=limits)
         try:
-            call_loaders(work, undo, options.strict)
+            call_loaders(work, undo, options.strict, check=new)
             inplace = places.inplace.seen_anew() if work.called else places.inplace
-            _read_in_place(inplace, done, verify, undo, limits)
+            _read_in_place(inplace, done, old, undo, limits)
             _put(work.model, options, places, undo)
             _set_counters(work, options, undo)
             set_extras(work, undo, options.strict)
@@ -129,17 +137,14 @@ def _apart(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _read_in_place(
-    inplace: Fills, done: Callable[[int], None], verify: bool, undo: Undo | None, limits: Limits
-) -> None:
-    filling = prepare(inplace, check=verify)
+def _read_in_place(inplace: Fills, done: Callable[[int], None], check: bool, undo: Undo | None, limits: Limits) -> None:
+    filling = prepare(inplace, check=check)
     if undo is not None:
         straight = sum(int(reads.nbytes.sum()) for _, reads in filling.reads)
         if straight + sum(tensor.nbytes for tensor in filling.staged.tensors) <= limits.undo_nbytes:
             undo.keep_filled(filling)
         else:
-            undo.lost = tuple(inplace.names)
-            undo.started = True
+            undo.lose(inplace.names)
     filling.run(done, limits=limits)
 
 

@@ -91,19 +91,17 @@ def _load(
         if verify:
             _verify(ckpt)
         if model is None:
-            return _whole(ckpt, allow, options)
+            return _whole(ckpt, allow, options, progress)
         if isinstance(model, Mapping):
             from anycard.torch.objects import load_objects  # here and below: a first load imports what it needs
 
-            return load_objects(ckpt, model, options, bool(verify), progress)
+            return load_objects(ckpt, model, options, verify, progress)
         work, built = _planned(ckpt, model, options)
         check(work, options)
         if built is not None:
             built.finish(_filled(work))
-        fresh = built is not None
-        sums = fresh if verify is None else verify
-        with nullcontext() if fresh else Undo() as undo:
-            fill(work, options, verify=sums, undo=undo, progress=progress)
+        with nullcontext() if built is not None else Undo() as undo:
+            fill(work, options, verify=verify, undo=undo, progress=progress)
         return work.model
 
 
@@ -121,10 +119,15 @@ def plan(
 ) -> LoadPlan:
     """What `load` would do with the same arguments; nothing is touched, no tensor is read.
 
+    Args:
+        path, model, …: As `load` takes them; of a dict of objects, one model at a time.
+
     Raises:
         ChoiceError: Several state dicts fit equally well.
         FormatError: Damaged, or no checkpoint.
     """
+    if isinstance(model, Mapping):
+        raise TypeError("plan takes one model: of a dict of objects plan each by itself, with its name there as key=")
     options = _options(device, dtype, strict, key, rename, only)
     with uncollected(), open_checkpoint(path, member=member) as ckpt:
         return _planned(ckpt, model, options)[0].plan
@@ -171,7 +174,7 @@ def _verify(ckpt: Checkpoint) -> None:
         raise FormatError(f"{len(damaged)} damaged: {names}. Nothing was changed.", path=ckpt.path, name=damaged[0])
 
 
-def _whole(ckpt: Checkpoint, allow: str | Sequence[str], options: Options) -> Any:
+def _whole(ckpt: Checkpoint, allow: str | Sequence[str], options: Options, progress: Progress) -> Any:
     found = [c for c in ckpt.state_dicts if c.canonical is not None]
     if not found:
         raise ChoiceError(
@@ -179,9 +182,11 @@ def _whole(ckpt: Checkpoint, allow: str | Sequence[str], options: Options) -> An
             "anycard.load(path, model), or take the weights with anycard.read(path)",
             path=ckpt.path,
         )
+    if options.rename is not None or options.only is not None:
+        raise TypeError("rename= and only= are for loading into a model; a whole model comes as it was saved")
     from anycard.torch.rebuilding import rebuild_model
 
-    model = rebuild_model(ckpt, allow, options.key)
+    model = rebuild_model(ckpt, allow, options.key, progress)
     if options.device is not None:
         model = model.to(options.device)
     if isinstance(options.dtype, torch.dtype):

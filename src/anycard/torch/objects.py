@@ -21,7 +21,7 @@ from anycard.torch.work import Options, Work
 
 
 def load_objects(
-    ckpt: Checkpoint, objects: Mapping[str, Any], options: Options, verify: bool, progress: Progress
+    ckpt: Checkpoint, objects: Mapping[str, Any], options: Options, verify: bool | None, progress: Progress
 ) -> dict[str, Any]:
     """Fill every object; gives them and what else the file holds.
 
@@ -29,13 +29,15 @@ def load_objects(
         ChoiceError: The file holds no dict.
         MismatchError: It lacks an object, or one does not fit. All objects are as they were.
     """
+    if options.key is not None:
+        raise TypeError("key= is for one model; in a dict of objects each one's name is its key")
     tree = ckpt.tree
     if not isinstance(tree, Mapping):
         raise ChoiceError(f"{ckpt.path} holds no dict of objects, as anycard.save of a dict writes", path=ckpt.path)
     absent = [name for name in objects if name not in tree]
     if absent:
         raise MismatchError(f"{ckpt.path} has no {absent}; it has {sorted(map(str, tree))}", path=ckpt.path)
-    works = [_planned(ckpt, name, target, options) for name, target in objects.items() if _is_module(target)]
+    works = {name: _planned(ckpt, name, target, options) for name, target in objects.items() if _is_module(target)}
     others = {name: target for name, target in objects.items() if not _is_module(target)}
     for name, target in others.items():
         if not callable(getattr(target, "load_state_dict", None)):
@@ -43,7 +45,7 @@ def load_objects(
     data = {str(name): materialise(value) for name, value in tree.items() if not _is_module(objects.get(name))}
     with Undo() as undo:
         try:
-            for work, mine in works:
+            for undo.within, (work, mine) in works.items():
                 fill(work, mine, verify=verify, undo=undo, progress=progress)
             _load_others(others, data, undo)
         except BaseException as error:
@@ -70,7 +72,7 @@ def _load_others(objects: Mapping[str, Any], data: Mapping[str, Any], undo: Undo
         try:
             target.load_state_dict(data[name])
         except Exception as error:
-            message = f"{name} would not load its state: {error}. Nothing was changed."
+            message = f"{name} would not load its state: {error}." + ("" if undo.lost else " Nothing was changed.")
             raise CheckpointError(message, name=name) from error
 
 

@@ -49,7 +49,7 @@ def plain_data(value: Any, storages: Storages, mark: dict[str, Any], name: str =
 
 
 def _mapping(value: Mapping[Any, Any], storages: Storages, mark: dict[str, Any], name: str, depth: int) -> Any:
-    items = ((k, plain_data(v, storages, mark, join(name, k), depth + 1)) for k, v in value.items())
+    items = ((_key(k, name), plain_data(v, storages, mark, join(name, k), depth + 1)) for k, v in value.items())
     if not isinstance(value, OrderedDict):
         return dict(items)
     held: OrderedDict[Any, Any] = OrderedDict(items)
@@ -57,6 +57,21 @@ def _mapping(value: Mapping[Any, Any], storages: Storages, mark: dict[str, Any],
     if isinstance(metadata, Mapping):
         held._metadata = OrderedDict((k, dict(v)) for k, v in metadata.items())  # type: ignore[attr-defined]
     return held
+
+
+def _key(key: Any, name: str) -> Any:
+    """A key that the reader of plain weights takes."""
+    if key is None or type(key) in _PLAIN:
+        return key
+    if type(key) in (tuple, torch.Size):
+        return tuple(_key(part, name) for part in key)
+    if isinstance(key, torch.dtype):
+        return GlobalRef("torch", str(key).removeprefix("torch."))
+    if type(key).__module__ == "numpy" and hasattr(key, "item") and type(key.item()) in _PLAIN:
+        return key.item()
+    kind = f"{type(key).__module__}.{type(key).__qualname__}"
+    message = f"{name or 'the dict'} has the key {key!r:.80}, a {kind}: only text, numbers and tuples of them are saved"
+    raise CheckpointError(message, name=name)
 
 
 def _small(value: Any, storages: Storages, mark: dict[str, Any], name: str, depth: int) -> Any:

@@ -6,14 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from anycard.checkpoint import Checkpoint
 from anycard.names.choosing import by_key
 from anycard.names.paths import join, translated
 from anycard.names.stored import StateDict
 from anycard.plans.load_plan import LoadPlan, nearest_names
-from anycard.plans.matching import Match, canonical_metadata, find, infos, last_resorts, selected
+from anycard.plans.matching import Match, canonical_metadata, extra_states, find, infos, last_resorts, selected
 from anycard.tensors import TensorInfo, row_major
 from anycard.torch.dtypes import FROM_TORCH, TO_TORCH
 from anycard.torch.modules import (
@@ -39,7 +41,8 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
     candidates: Sequence[StateDict] = ckpt.state_dicts
     unions = [held for held in ckpt.found.unions if options.key is None or held.key == options.key]
     if options.key is not None and not (unions and options.key not in {held.key for held in candidates}):
-        candidates, unions = [by_key(candidates, options.key, ckpt.path)], []
+        empty = not shapes and _holds_no_tensors(ckpt, options.key)
+        candidates, unions = [] if empty else [by_key(candidates, options.key, ckpt.path)], []
     match = find(candidates, unions, shapes, options.rename, ckpt.path)
     work = _agreeing(ckpt, seen, match, options) or _planned(ckpt, seen, match, options)
     if not match.hits and not work.plan.fits and options.rename is None and seen.self_loaders:
@@ -48,6 +51,12 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
             if again.plan.fits:
                 return again
     return work
+
+
+def _holds_no_tensors(ckpt: Checkpoint, key: str) -> bool:
+    """An object of the file that is there and has none: what `save` writes of a loss, for one."""
+    there = isinstance(ckpt.tree, Mapping) and key in ckpt.tree
+    return there and not any(name.startswith(key + ".") for name in ckpt.tensors)
 
 
 def _agreeing(ckpt: Checkpoint, seen: Survey, match: Match, options: Options) -> Work | None:
@@ -151,6 +160,10 @@ class _Planner:
         if info.shape != target.shape and not (target.shape == () and info.shape == (1,)):
             self.plan.shapes[target.name] = (info.shape, target.shape)
             return
+        layout = target.tensor.layout
+        if layout is not torch.strided and not is_lazy(target.tensor):
+            self.plan.layouts[target.name] = str(layout).removeprefix("torch.")
+            return
         have = FROM_TORCH[final_dtype(target.tensor.dtype, info, self.options.dtype)]
         if info.dtype != have:
             self.plan.casts[target.name] = (info.dtype, have)
@@ -200,12 +213,15 @@ class _Planner:
             found = Trace(computed=True)  # its entry is its own: nothing short of a call says what it does
         else:
             found = trace(module, live + "." if live else "", given, metadata)
-        loader = OwnLoader(module, name, live, given, metadata, found)
+        mine = {n: t for n, t in self.wanted.items() if n.startswith(prefix)}
+        asked = {id(t.tensor) for n, t in mine.items() if n in self.chosen}
+        spared = [t for t in mine.values() if id(t.tensor) not in asked]
+        loader = OwnLoader(module, name, live, given, metadata, found, spared)
         copies = {} if found.computed else self._copies(loader, back)
         self.work.hooked += module.modules()
         how = "was asked what goes where"
         if copies is None or found.computed:
-            how = "is called with real tensors"
+            how = "is called with real tensors" + ("; what only= leaves out gets its values back" if spared else "")
             self._to_be_called(loader, back)
         else:
             self._from_trace(loader, prefix, back, copies)
@@ -235,7 +251,8 @@ class _Planner:
         self.plan.nbytes += sum(info.nbytes for info in loader.given.values())
         if found.reported:
             paths = canonical_paths(self.walked)
-            self.missing += [translated(n, paths) for n in found.missing if not n.endswith("_extra_state")]
+            missing = [translated(n, paths) for n in found.missing if not n.endswith("_extra_state")]
+            self.missing += [n for n in missing if n in self.chosen or n not in self.wanted]
 
     def _from_trace(
         self,
@@ -257,7 +274,7 @@ class _Planner:
                 self._pair(target, info)
                 if source != name:
                     self.plan.renamed[self._stored_name(source)] = name
-            elif name in self.stored and name not in absent:
+            elif name in self.stored and loader.trace.complains_of(translated(name, self.live)):
                 self._by_name(name, target)
             elif name in absent:
                 self._absent(name, target)
@@ -288,19 +305,17 @@ class _Planner:
 
     def _extra_state(self) -> None:
         extras = self.work.match.source.extras
-        taken: set[str] = set()
-        for _, canonical, module in self.seen.extras:
-            name = join(canonical, "_extra_state")
-            stored = next((n for n in extras if n == name or n.endswith("." + name)), None)
+        wanted = {join(canonical, "_extra_state"): module for _, canonical, module in self.seen.extras}
+        found = extra_states(self.work.match, [name for name in wanted if name not in self.stored])
+        for name, module in wanted.items():
             if name in self.stored:
                 self.used.add(name)
                 self.work.extras.append((module, name, self.stored[name]))
-            elif stored is not None:
-                taken.add(stored)
-                self.work.extras.append((module, name, extras[stored]))
+            elif name in found:
+                self.work.extras.append((module, name, extras[found[name]]))
             elif self.options.only is None:
                 self.missing.append(name)
-        self.spare_extras = [name for name in extras if name not in taken]
+        self.spare_extras = [name for name in extras if name not in found.values()]
 
     def _ties(self) -> None:
         """One fill for each tensor; a name tied to a filled one is not missing."""

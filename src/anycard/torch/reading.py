@@ -26,6 +26,8 @@ from anycard.tensors import Storage, TensorInfo, is_dense
 from anycard.torch.dtypes import PLAIN, TO_TORCH
 from anycard.warning import warn
 
+_DEEPEST = 200  # levels of containers
+
 
 class Fill(NamedTuple):
     """A tensor of a model, the stored tensor that goes into it, and what errors call it.
@@ -89,11 +91,13 @@ class Filling:
         straight: What goes into memory that is to hold the very bytes that are stored.
         reads: These bytes, by their source, in the same order.
         staged: What takes a copy, one at a time.
+        check: Compare CRCs while the bytes are warm, where a tensor is all of its storage.
     """
 
     straight: Fills
     reads: list[tuple[Source, Reads]]
     staged: Fills
+    check: bool = True
 
     def run(self, done: Callable[[int], None] | None = None, *, limits: Limits = DEFAULT) -> None:
         """Write the stored tensors into the model's.
@@ -108,7 +112,7 @@ class Filling:
             _increment_versions(self.straight.tensors)
         with torch.no_grad():
             for tensor, info, name, _, _ in self.staged:
-                tensor.detach().copy_(read_tensor(info, name, limits=limits).reshape(tensor.shape))
+                tensor.detach().copy_(read_tensor(info, name, check=self.check, limits=limits).reshape(tensor.shape))
                 if done is not None:
                     done(info.nbytes)
 
@@ -124,7 +128,7 @@ def prepare(fills: Fills, *, check: bool = True) -> Filling:
     """See which tensors the bytes can go straight into; their memory is not to change until they have.
 
     Args:
-        check: Compare CRCs while the bytes are warm, where a tensor is all of its storage.
+        check: See `Filling`.
     """
     straight, staged = fills, Fills()
     if not _all_straight(fills):
@@ -141,7 +145,7 @@ def prepare(fills: Fills, *, check: bool = True) -> Filling:
     else:
         several = dict.fromkeys(sources[:1], straight)
     reads = [(source, _reads(group, check)) for source, group in several.items() if source is not None]
-    return Filling(straight, reads, staged)
+    return Filling(straight, reads, staged, check)
 
 
 def _reads(fills: Fills, check: bool) -> Reads:
@@ -201,15 +205,18 @@ def plain_bytes(info: TensorInfo) -> bool:
     )
 
 
-def read_tensor(info: TensorInfo, name: str = "", *, limits: Limits = DEFAULT) -> torch.Tensor:
+def read_tensor(info: TensorInfo, name: str = "", *, check: bool = True, limits: Limits = DEFAULT) -> torch.Tensor:
     """One stored tensor as a new CPU tensor: same dtype, shape, values; dense strides are kept.
+
+    Args:
+        check: See `Filling`.
 
     Raises:
         FormatError: Its bytes are not there, damaged, or it is no plain tensor.
     """
     tensor = empty_for(info)
     if tensor is not None:
-        prepare(Fills.of([Fill(tensor, info, name or f"storage {info.storage.key}")])).run(limits=limits)
+        prepare(Fills.of([Fill(tensor, info, name or f"storage {info.storage.key}")]), check=check).run(limits=limits)
         return tensor
     dtype = TO_TORCH[info.dtype]
     try:
@@ -305,13 +312,30 @@ def read_all(tensors: Mapping[str, TensorInfo], path: str, progress: Progress = 
 
 
 def materialise(value: Any) -> Any:
-    """Plain data with tensors read; stubs become dicts that name their class."""
+    """Plain data with tensors read; stubs become dicts that name their class. What is shared stays shared.
+
+    Raises:
+        FormatError: Containers lie in containers far deeper than anything real.
+    """
+    return _materialised(value, {}, 0)
+
+
+def _materialised(value: Any, made: dict[int, Any], depth: int) -> Any:
+    if id(value) in made:
+        return made[id(value)]
+    if depth > _DEEPEST:
+        raise FormatError(f"data nested deeper than {_DEEPEST} levels")
+    result: Any = value
     if isinstance(value, TensorInfo):
-        return read_tensor(value)
-    if isinstance(value, Mapping):
-        return {k: materialise(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [materialise(v) for v in value]
-    if isinstance(value, tuple):
-        return tuple(materialise(v) for v in value)
-    return plain(value) if isinstance(value, (Inert, type)) else value
+        result = made[id(value)] = read_tensor(value)
+    elif isinstance(value, Mapping):  # it may hold itself, as a list may
+        result = made[id(value)] = {}
+        result.update((k, _materialised(v, made, depth + 1)) for k, v in value.items())
+    elif isinstance(value, list):
+        result = made[id(value)] = []
+        result.extend(_materialised(v, made, depth + 1) for v in value)
+    elif isinstance(value, tuple):
+        result = made[id(value)] = tuple(_materialised(v, made, depth + 1) for v in value)
+    elif isinstance(value, (Inert, type)):
+        result = plain(value)
+    return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -21,6 +21,7 @@ from anycard.errors import CheckpointError, ChoiceError, FormatError, UntrustedE
 from anycard.names.choosing import pick
 from anycard.names.pickled_modules import inert_wrapper, is_module, module_state, wrapped_module
 from anycard.pickles.stubs import Counted, Defaulting, Inert, Size
+from anycard.progress import Progress, counting
 from anycard.tensors import TensorInfo, form_of
 from anycard.torch.completing import Lack, complete, prepare
 from anycard.torch.dtypes import TO_TORCH
@@ -36,7 +37,9 @@ _RENAMED = {
 }
 
 
-def rebuild_model(ckpt: Checkpoint, allow: str | Sequence[str], key: str | None = None) -> nn.Module:
+def rebuild_model(
+    ckpt: Checkpoint, allow: str | Sequence[str], key: str | None = None, progress: Progress = None
+) -> nn.Module:
     """The whole model in a checkpoint, out of its wrappers.
 
     Raises:
@@ -46,12 +49,17 @@ def rebuild_model(ckpt: Checkpoint, allow: str | Sequence[str], key: str | None 
     if ckpt.format in ("TorchScript", "torch export"):
         reason = f"{ckpt.path} is a {ckpt.format} archive, whose code is not run: give a model to load into, or read it"
         raise ChoiceError(f"{reason} by anycard.read", path=ckpt.path)
+    names: tuple[Any, ...] = (allow,) if isinstance(allow, str) else tuple(allow)
+    for odd in (name for name in names if not isinstance(name, str)):
+        meant = f"{odd.__module__}.{odd.__qualname__}" if isinstance(odd, type) else "package.module.Class"
+        raise TypeError(f"allow takes names such as {meant!r}, not {odd!r:.80}")
     found = pick([c for c in ckpt.state_dicts if c.canonical is not None], key, ckpt.path)
     root = _at(ckpt.tree, found.key)
-    builder = _Builder((allow,) if isinstance(allow, str) else tuple(allow), ckpt.path)
+    builder = _Builder(names, ckpt.path)
     builder.look(root)
     builder.refuse()
-    model = builder.make(root)
+    with counting(progress, builder.nbytes) as builder.done:
+        model = builder.make(root)
     if not isinstance(model, nn.Module):
         raise ChoiceError(f"{ckpt.path}: {type(model).__name__} is no nn.Module", path=ckpt.path)
     _tell(builder.lacks, ckpt.path)
@@ -115,6 +123,8 @@ class _Builder:
         self.uses: dict[int, set[object]] = {}
         self.memory: dict[int, torch.UntypedStorage] = {}
         self.lacks: list[Lack] = []
+        self.nbytes = 0
+        self.done: Callable[[int], None] = lambda nbytes: None
 
     def refuse(self) -> None:
         """UntrustedError where anything is needed that was not allowed."""
@@ -148,6 +158,7 @@ class _Builder:
                 stack += [part for pair in obj.pairs for part in pair]
             elif isinstance(obj, TensorInfo):
                 self.uses.setdefault(id(obj.storage), set()).add(obj.place)
+                self.nbytes += obj.nbytes
             elif isinstance(obj, Defaulting):
                 known = isinstance(obj.factory, type) and obj.factory.__name__ in _FACTORIES
                 stack += [*obj.keys(), *obj.values(), *([] if known else [obj.factory])]
@@ -167,7 +178,7 @@ class _Builder:
         if full in self.allow:
             return True
         if call:
-            return module.startswith("torch.nn.") and False
+            return False
         within = any(a == module or (a.endswith(".*") and f"{module}.".startswith(a[:-1])) for a in self.allow)
         return within or module == "torch.nn" or module.startswith("torch.nn.")
 
@@ -200,7 +211,9 @@ class _Builder:
 
     def _make(self, obj: Any) -> Any:
         if isinstance(obj, TensorInfo):
-            return self._done(obj, self._tensor(obj))
+            made = self._done(obj, self._tensor(obj))
+            self.done(obj.nbytes)
+            return made
         if isinstance(obj, type) and issubclass(obj, Inert):
             return TO_TORCH[obj.name] if _is_dtype(obj) else self._resolve(obj, call=False)
         if isinstance(obj, Inert):
@@ -240,7 +253,9 @@ class _Builder:
 
     def _tensor(self, info: TensorInfo) -> torch.Tensor:
         tensor = self._view(info)
-        return nn.Parameter(tensor, requires_grad=info.requires_grad) if info.parameter else tensor
+        if info.parameter:
+            return nn.Parameter(tensor, requires_grad=info.requires_grad)
+        return tensor.requires_grad_() if info.requires_grad else tensor
 
     def _view(self, info: TensorInfo) -> torch.Tensor:
         """The tensor, in one memory with the others that are views of the same storage."""

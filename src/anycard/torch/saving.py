@@ -48,6 +48,8 @@ def save(obj: Any, path: Path, *, whole: bool = False, progress: Progress = None
         TypeError: The object cannot be saved so.
         CheckpointError: Something in it cannot be written; names it.
     """
+    if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "write"):
+        raise TypeError(f"save takes a path or an open binary file, not {path!r:.80}")
     kind = "torch zip" if not isinstance(path, (str, os.PathLike)) else format_for(os.fspath(path))
     if whole and not isinstance(obj, nn.Module):
         raise TypeError(f"whole=True saves an nn.Module, not a {type(obj).__name__}")

@@ -7,6 +7,7 @@ into a shadow tells which stored tensor goes where.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -48,7 +49,7 @@ class Trace:
 
     Attributes:
         copies: Name in the model -> name given, of tensors whose elements went over unchanged.
-        missing, unexpected: As the module itself reports.
+        missing, unexpected, errors: As the module itself reports.
         computed: It computed something, or could not be traced: it has to be called for real.
         reported: It went through to its end, so `missing` and `unexpected` can be relied on.
     """
@@ -56,8 +57,13 @@ class Trace:
     copies: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     computed: bool = False
     reported: bool = False
+
+    def complains_of(self, name: str) -> bool:
+        """An error names the tensor: its shape is another one, in general."""
+        return any(re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", error) for error in self.errors)
 
 
 class _Watch(TorchFunctionMode):
@@ -127,7 +133,7 @@ def trace(
         found = watch.trace
         try:
             with watch:
-                run_own_loading(module, prefix, state, metadata, found.missing, found.unexpected)
+                found.errors += run_own_loading(module, prefix, state, metadata, found.missing, found.unexpected)
             found.reported = True
         except Exception:  # noqa: BLE001 - whatever a model's own code raises on meta tensors
             found.computed = True

@@ -20,7 +20,13 @@ _GRAIN = 16  # bytes of the largest element: whatever dtype looks at a span, its
 
 
 class Storages:
-    """Compact: every tensor has a storage of its own bytes only, tied ones share it."""
+    """Compact: every tensor has a storage of its own bytes only, tied ones share it.
+
+    Attributes:
+        learned: Tensors that are no parameters keep `requires_grad`.
+    """
+
+    learned = False
 
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
@@ -38,7 +44,8 @@ class Storages:
         where = identity(tensor)
         place = (*where, parameter, tensor.requires_grad)
         if place not in self._known:
-            self._known[place] = self._made(tensor, where, parameter, bool(tensor.requires_grad and parameter))
+            grad = bool(tensor.requires_grad and (parameter or self.learned))
+            self._known[place] = self._made(tensor, where, parameter, grad)
             self._alive.append(tensor)
         return self._known[place]
 
@@ -80,6 +87,8 @@ class _Span:
 
 class SharedStorages(Storages):
     """Views of one storage stay together, in the span that is in use. Every tensor is to be noted first."""
+
+    learned = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from anycard.disk.keeping import keep
 from anycard.disk.vectors import memory
 from anycard.errors import CheckpointError
+from anycard.names.paths import join
 from anycard.torch.dtypes import TO_TORCH, is_plain
 from anycard.torch.reading import Filling
 
@@ -58,15 +59,15 @@ class Undo:
     """What gives an existing model its old values back, in the reverse order of the changes.
 
     Attributes:
-        lost: Names of tensors that are written in place without a copy, because copies would not fit.
-        started: The first of them may have been written.
+        within: The object among several whose tensors are in hand.
+        lost: Names of tensors that may have been written in place without a copy, because copies would not fit.
     """
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
         self._copies: list[_Copy] = []
+        self.within = ""
         self.lost: tuple[str, ...] = ()
-        self.started = False
 
     def __enter__(self) -> Undo:
         return self
@@ -78,6 +79,10 @@ class Undo:
     def then(self, step: Callable[[], None]) -> None:
         """Remember how to take back one change that is about to be made."""
         self._steps.append(step)
+
+    def lose(self, names: Iterable[str]) -> None:
+        """There is no way back for these tensors, which are about to be written."""
+        self.lost += tuple(join(self.within, name) for name in names)
 
     def keep_bytes(self, tensors: Iterable[torch.Tensor]) -> None:
         """Copy the values of tensors that are about to be written."""
@@ -145,10 +150,11 @@ class Undo:
         while self._steps:
             with contextlib.suppress(Exception):  # the first error is the one to tell; the other steps matter too
                 self._steps.pop()()
-        if not (self.started and self.lost):
+        lost, self.lost = self.lost, ()
+        if not lost:
             return
-        text = f"{len(self.lost)} tensors of the model were overwritten at least in part; .changed names them."
-        error.changed = self.lost  # type: ignore[attr-defined]
+        text = f"{len(lost)} tensors of the model were overwritten at least in part; .changed names them."
+        error.changed = lost  # type: ignore[attr-defined]
         if isinstance(error, CheckpointError):
             error.args = (f"{error.args[0]} {text}", *error.args[1:])
         elif hasattr(error, "add_note"):

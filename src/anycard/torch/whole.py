@@ -12,9 +12,12 @@ from torch import nn
 from anycard.disk.pieces import Piece
 from anycard.errors import CheckpointError
 from anycard.pickles.writer import TensorRef, TorchPickler
+from anycard.torch.dtypes import PLAIN
 from anycard.torch.modules import unwrapped
 from anycard.torch.storages import SharedStorages, Storages
 from anycard.warning import warn
+
+_OF_BUFFERS = {"persistent", "_is_buffer"}  # what nn.Buffer puts there; the module knows it too
 
 
 class _ModelPickler(TorchPickler):
@@ -25,10 +28,13 @@ class _ModelPickler(TorchPickler):
         self.storages = storages
         self.path: list[str] = []
         self.devices: list[str] = []
+        self.lost: list[str] = []
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         """Write one object."""
         if isinstance(obj, torch.Tensor):
+            self.lost += vars(obj).keys() - _OF_BUFFERS if hasattr(obj, "__dict__") else ()
+            self.lost += () if type(obj) in PLAIN else (f"the class {type(obj).__name__}",)
             obj = self.storages.ref(obj, type(obj).__name__)
         elif isinstance(obj, nn.Module):
             obj = unwrapped(obj)
@@ -45,9 +51,11 @@ def pickle_whole(model: nn.Module) -> tuple[bytes, list[Piece], dict[str, Any]]:
     """
     storages = SharedStorages()
     _dumped(model, _Noting(storages))  # which parts of which storages are in use is known only at the end
-    data, devices = _dumped(model, storages)
-    if devices:
-        warn(f"the model keeps {', '.join(sorted(set(devices)))} as an attribute; it stays in the file")
+    data, pickler = _dumped(model, storages)
+    if pickler.devices:
+        warn(f"the model keeps {', '.join(sorted(set(pickler.devices)))} as an attribute; it stays in the file")
+    if pickler.lost:
+        warn(f"what tensors carry is not in the file: {', '.join(sorted(set(pickler.lost)))}")
     return data, storages.pieces, {"anycard": 1, "whole": True}
 
 
@@ -63,7 +71,7 @@ class _Noting(Storages):
         return super().ref(tensor, name)
 
 
-def _dumped(model: nn.Module, storages: Storages) -> tuple[bytes, list[str]]:
+def _dumped(model: nn.Module, storages: Storages) -> tuple[bytes, _ModelPickler]:
     out = io.BytesIO()
     pickler = _ModelPickler(out, storages)
     try:
@@ -71,7 +79,7 @@ def _dumped(model: nn.Module, storages: Storages) -> tuple[bytes, list[str]]:
     except (pickle.PicklingError, TypeError, AttributeError, RuntimeError) as error:  # RuntimeError: parametrised ones
         where = _culprit(model)
         raise CheckpointError(f"{where} cannot be pickled: {error}", name=where) from error
-    return out.getvalue(), pickler.devices
+    return out.getvalue(), pickler
 
 
 def _culprit(model: nn.Module) -> str:

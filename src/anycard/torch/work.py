@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,7 @@ class OwnLoader:
         name, live: Its canonical path and its path in the module tree.
         given: Names in the module tree -> the stored tensors that it is given.
         metadata: Module paths in the tree -> what `_metadata` says of them.
+        spared: Targets that keep their values, whatever the module does.
     """
 
     module: nn.Module
@@ -46,6 +48,7 @@ class OwnLoader:
     given: dict[str, TensorInfo]
     metadata: dict[str, dict[str, Any]]
     trace: Trace
+    spared: Sequence[Target] = ()
 
 
 @dataclass
