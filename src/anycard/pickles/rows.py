@@ -107,6 +107,7 @@ class Rows:
         self._machine = machine
         self._shortcut = shortcut
         self._most = _FEW
+        self._known: dict[tuple[bytes, ...], _Kind] = {}
         self.vain = 0
 
     def take(self) -> int:
@@ -218,8 +219,8 @@ class Rows:
         distinct = set(forms)
         if any(_place(raw) >= first for form in distinct for raw in form[3:5]):
             spelt_out = columns.spelt_out()
-        known = {form: self._kind(form, spelt_out) for form in distinct}
-        return [known[form] for form in forms]
+        known = {form: self._known.get(form) or self._kind(form, spelt_out) for form in distinct}
+        return list(map(known.__getitem__, forms))
 
     def _kind(self, form: tuple[bytes, ...], spelt_out: Mapping[int, bytes]) -> _Kind | None:
         head, storage, offset, shape, stride, tail = form
@@ -241,11 +242,15 @@ class Rows:
         if first < 0 or elements < 0:
             return None
         start, made = first * itemsize, form_of(str(cls.dtype), sizes, steps, requires_grad=tail[:1] == b"\x88")
-        return _Kind(
+        found = _Kind(
             key_size=key_size[0], latest=max(_place(shape), _place(stride)), cls=cls,
             rest=(where, elements, *((None,) if none else ())),
             needed=max(elements * itemsize, start + made.span if made.span else 0), start=start, form=made,
         )  # fmt: skip
+        if found.latest < 0:  # nothing of it stands in a place of the memo that may be written again
+            m.pinned.add(_place(maker))
+            self._known[form] = found
+        return found
 
 
 def _sound(kinds: Sequence[_Kind], columns: _Columns, begins: Sequence[int]) -> int:
