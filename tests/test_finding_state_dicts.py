@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import anycard
-from helpers import Small, assert_same, both, filled, quiet, told, unchanged, weights
+from helpers import Small, assert_same, assert_same_bits, both, filled, quiet, told, unchanged, weights
 
 
 def two_nets(keys: tuple[str, str]) -> tuple[dict[str, Any], nn.Module, nn.Module]:
@@ -173,3 +173,50 @@ def test_averages_of_another_library(tmp_path):
     for name in ("ours.pth", "theirs.pth", "bare.pth"):
         assert_same(weights(anycard.load(tmp_path / name, Small)), weights(source))
         assert_same(weights(anycard.load(tmp_path / name, ModelEmaV2(filled(Small(), 5))).module), weights(source))
+
+
+class Parts(nn.Module):
+    """A model of two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.fc = nn.Linear(2, 2), nn.Linear(2, 3)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, lambda m: torch.compile(m)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_hint_for_a_part_works(tmp_path, wrap, whole):
+    """A part is asked for by its canonical name, whatever wrapped the model; names beside it are canonical too."""
+    source = filled(Parts())
+    if whole:
+        anycard.save(wrap(source), tmp_path / "a.pth", whole=True)
+    else:
+        torch.save(wrap(source).state_dict(), tmp_path / "a.pth")
+    model = filled(nn.Linear(2, 2), 5)
+    with unchanged(model), pytest.raises(anycard.MismatchError, match="key='backbone'"):
+        anycard.load(tmp_path / "a.pth", model)
+    assert set(anycard.plan(tmp_path / "a.pth", model).unexpected) == {"fc.weight", "fc.bias"}
+    anycard.load(tmp_path / "a.pth", model, key="backbone")
+    assert_same(weights(model), weights(source.backbone))
+
+
+def test_the_one_state_dict_that_fits_is_found(tmp_path):
+    """Both have the model's names, one of them has more: the other is meant. Where no shape fits, the plan says so."""
+    g, d = filled(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), filled(nn.Sequential(nn.Linear(2, 2)), 1)
+    torch.save({"generator": g.state_dict(), "discriminator": d.state_dict()}, tmp_path / "a.pth")
+    model = filled(nn.Sequential(nn.Linear(2, 2)), 5)
+    anycard.load(tmp_path / "a.pth", model)
+    assert_same(weights(model), weights(d))
+    torch.save({"a": nn.Linear(3, 3).state_dict(), "b": nn.Linear(3, 3).state_dict()}, tmp_path / "b.pth")
+    with pytest.raises(anycard.MismatchError, match="3 x 3 in the file, 2 x 2 in the model"):
+        anycard.load(tmp_path / "b.pth", nn.Linear(2, 2))
+
+
+def test_a_rename_gets_canonical_names(tmp_path):
+    """Whatever wrapped the model, the function sees its own names only."""
+    source = filled(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    torch.save(nn.DataParallel(source).state_dict(), tmp_path / "a.pth")
+    model = filled(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 5)
+    anycard.load(tmp_path / "a.pth", model, rename=lambda name: {"0": "1", "1": "0"}[name[0]] + name[1:])
+    assert_same_bits(model[0].weight, source[1].weight)
+    assert_same_bits(model[1].bias, source[0].bias)

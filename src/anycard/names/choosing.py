@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 from anycard.errors import ChoiceError, FormatError
 from anycard.names.stored import Metadata, StateDict
 from anycard.names.wrappers import OWN_NAMES, SEGMENTS, outer_prefix, without_segments
+
+T = TypeVar("T")
 
 
 def pick(candidates: Sequence[StateDict], key: str | None, path: str) -> StateDict:
@@ -46,22 +49,36 @@ def by_key(candidates: Sequence[StateDict], key: str, path: str) -> StateDict:
 
 
 def subtree(candidate: StateDict, key: str) -> StateDict | None:
-    """The part of a state dict below a prefix (a Lightning module's attribute), or None."""
-    for prefix in (key, key.removeprefix(candidate.key + ".")):
-        tensors = {n[len(prefix) + 1 :]: t for n, t in candidate.tensors.items() if n.startswith(prefix + ".")}
-        if tensors:
-            full = f"{candidate.key}.{prefix}" if candidate.key else prefix
-            names = candidate.canonical
-            inner = None if names is None else {n: without_segments(n) for n in tensors}
-            told = partial(_below, candidate, prefix)
-            extras = {n[len(prefix) + 1 :]: v for n, v in candidate.extras.items() if n.startswith(prefix + ".")}
-            return StateDict(full, tensors, inner, extras, candidate.wrappers, told=told)
+    """The part of a state dict below a prefix (a Lightning module's attribute), by stored or by canonical names."""
+    outer = outer_prefix([without_segments(name) for name in candidate.tensors])
+    for named in (str, partial(_canonical, outer)):
+        for prefix in (key, key.removeprefix(candidate.key + ".")):
+            tensors = _below(candidate.tensors, prefix, named)
+            if tensors:
+                full = f"{candidate.key}.{prefix}" if candidate.key else prefix
+                inner = None if candidate.canonical is None else {n: without_segments(n) for n in tensors}
+                told = partial(_told, candidate, prefix, named)
+                extras = _below(candidate.extras, prefix, named)
+                return StateDict(full, tensors, inner, extras, candidate.wrappers, told=told)
     return None
 
 
-def _below(candidate: StateDict, prefix: str) -> Metadata:
-    held = candidate.metadata.items()
-    return {p[len(prefix) + 1 :]: v for p, v in held if p == prefix or p.startswith(prefix + ".")}
+def _canonical(outer: str, name: str) -> str:
+    return without_segments(name).removeprefix(outer)
+
+
+def _below(held: Mapping[str, T], prefix: str, named: Callable[[str], str]) -> dict[str, T]:
+    """What lies below a prefix, by the rest of its name."""
+    names = ((named(name), value) for name, value in held.items())
+    return {name[len(prefix) + 1 :]: value for name, value in names if name.startswith(prefix + ".")}
+
+
+def _told(candidate: StateDict, prefix: str, named: Callable[[str], str]) -> Metadata:
+    told = _below(candidate.metadata, prefix, named)
+    for path, held in candidate.metadata.items():
+        if named(path) == prefix:
+            told[""] = held
+    return told
 
 
 def _listed(keys: Iterable[str]) -> str:

@@ -48,6 +48,11 @@ class Match:
     exact: int = 0
 
     @property
+    def beside(self) -> int:
+        """How many stored tensors the model has no name for."""
+        return len(self.names) - self.hits + len(self.outside)
+
+    @property
     def where(self) -> str:
         """The full path in the file."""
         return ".".join(part for part in (self.source.key, self.prefix) if part)
@@ -129,8 +134,13 @@ def _best(matches: Sequence[Match], shapes: Mapping[str, tuple[int, ...]], path:
     if best == (0, 0):
         return max(matches, key=lambda m: (not m.prefix, len(m.names)))  # the plan says that nothing fits
     top = [m for m in matches if (m.exact, m.hits) == best]
-    whole = [m for m in top if not m.prefix]
-    chosen = _distinct(whole or top, shapes) if len(whole or top) > 1 else whole or top
+    whole = [m for m in top if not m.prefix] or top
+    chosen = _distinct(whole, shapes) if len(whole) > 1 else whole
+    if len(chosen) > 1:
+        least = min(m.beside for m in chosen)
+        chosen = [m for m in chosen if m.beside == least]
+    if not best[0]:
+        return chosen[0]  # names alone: the plan shows the shapes
     if len(chosen) > 1:
         raise ChoiceError(
             f"{path} holds {len(chosen)} state dicts that fit equally well: "
@@ -247,7 +257,7 @@ def _read_from(
 def _name_for(forms: Sequence[tuple[str, ...]], lookup: Mapping[tuple[str, ...], str], rename: Rename | None) -> str:
     """The model's name for a stored tensor, whichever of its forms the model has; else its canonical name."""
     if rename is not None:
-        forms = [tuple(renamed(".".join(form), rename).split(".")) for form in forms]
+        forms = [tuple(renamed(".".join(forms[0]), rename).split("."))]
     return next((lookup[form] for form in forms if form in lookup), ".".join(forms[0]))
 
 
@@ -304,16 +314,20 @@ def selected(names: Iterable[str], only: Only) -> set[str]:
         ValueError: It asks for none of them.
     """
     held = list(names)
-    if callable(only):
-        chosen = {name for name in held if only(name)}
-    else:
-        globs = [only] if isinstance(only, str) else list(only)
-        if not all(isinstance(glob, str) for glob in globs):
-            raise TypeError(f"only is a glob, a list of globs or a function of a name, not {only!r:.80}")
-        chosen = {n for n in held for g in globs if fnmatch.fnmatchcase(n, g) or n.startswith(g.rstrip(".") + ".")}
+    if not callable(only) and not isinstance(only, str) and not all(isinstance(glob, str) for glob in only):
+        raise TypeError(f"only is a glob, a list of globs or a function of a name, not {only!r:.80}")
+    chosen = {name for name in held if asked_for(name, only)}
     if not chosen:
         raise ValueError(f"only={only!r} matches none of the model's {len(held)} names, such as {held[:3]}")
     return chosen
+
+
+def asked_for(name: str, only: Only) -> bool:
+    """Whether `only=` asks for the name."""
+    if callable(only):
+        return bool(only(name))
+    globs = [only] if isinstance(only, str) else only
+    return any(fnmatch.fnmatchcase(name, g) or name.startswith(g.rstrip(".") + ".") for g in globs)
 
 
 def infos(match: Match) -> dict[str, TensorInfo]:

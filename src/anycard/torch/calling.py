@@ -14,8 +14,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
 from anycard.errors import MismatchError
-from anycard.names.paths import join
+from anycard.names.paths import join, translated
 from anycard.pickles.stubs import Inert
+from anycard.torch.modules import live_paths, walk
 from anycard.torch.reading import materialise, read_tensor
 from anycard.torch.self_loading import overrides_entry, run_own_loading
 from anycard.torch.survey import Target
@@ -23,18 +24,26 @@ from anycard.torch.undo import Undo
 from anycard.torch.work import OwnLoader, Work
 from anycard.warning import warn
 
+_UNWRITTEN = 0xA5  # in every byte: no number that anyone stores
 
-def call_loaders(work: Work, undo: Undo | None, strict: bool, *, check: bool) -> None:
-    """Let modules that compute on load do so, with real tensors; `check`: their CRCs.
+
+def call_loaders(work: Work, undo: Undo | None, strict: bool, made: dict[int, torch.Tensor], *, check: bool) -> None:
+    """Let modules that compute on load do so, with real tensors.
+
+    Args:
+        made: By `id` of a meta tensor: what takes its place wherever it stands; more is added.
+        check: Compare the tensors' CRCs.
 
     Raises:
-        MismatchError: One refused what the file holds. The model is as it was.
+        MismatchError: One refused what the file holds, or left tensors without a value. The model is as it was.
     """
     for loader in work.called:
         if undo is not None:
-            _remember(loader.module, undo)
+            undo.keep_modules(loader.module)
+        given = _give_memory(loader, made)
         with _sparing(loader.spared):
             _call(loader, work, strict, check)
+        _take_back(given, made, loader, work, strict)
 
 
 @contextmanager
@@ -51,48 +60,52 @@ def _sparing(targets: Sequence[Target]) -> Iterator[None]:
                     target.slots[target.attribute] = target.tensor  # type: ignore[index]
 
 
-def _remember(module: nn.Module, undo: Undo) -> None:
-    tensors = (*module.parameters(), *module.buffers())
-    undo.keep_bytes(tensors)
-    for inner in module.modules():
-        undo.keep_slots(inner)
-
-
 def _call(loader: OwnLoader, work: Work, strict: bool, check: bool) -> None:
     state: OrderedDict[str, Any] = OrderedDict((n, read_tensor(i, n, check=check)) for n, i in loader.given.items())
+    paths = live_paths(walk(work.model))
     for module, name, value in work.extras:
         if any(module is inner for inner in loader.module.modules()):
-            state[name] = _extra(value, name)
-    _give_memory(loader.module)
+            state[translated(name, paths)] = _extra(value, name)
     name = loader.name or type(loader.module).__name__
     prefix = loader.live + "." if loader.live else ""
     missing: list[str] = []
     unexpected: list[str] = []
     try:
         if overrides_entry(loader.module):
-            errors = _enter(loader, state, prefix, strict and not loader.spared)
+            errors = _enter(loader, state, prefix, strict and not loader.spared, missing, unexpected)
         else:
-            errors = run_own_loading(loader.module, prefix, state, loader.metadata, missing, unexpected)
+            errors = run_own_loading(loader.module, prefix, state, loader.metadata, missing, unexpected, hooks=True)
     except Exception as error:
         raise _refused(name, str(error), work) from error
-    if strict:
-        spared = {target.name for target in loader.spared}
-        missing = [n for n in missing if join(loader.name, n.removeprefix(prefix)) not in spared]
-        errors += [f"missing {n}" for n in missing] + [f"unexpected {n}" for n in unexpected]
-    if errors:
-        raise _refused(name, "; ".join(errors), work)
+    spared = {target.name for target in loader.spared}
+    missing = [n for n in missing if join(loader.name, n.removeprefix(prefix)) not in spared]
+    odd = [f"missing {n}" for n in missing] + [f"unexpected {n}" for n in unexpected if not spared]
+    if errors or (odd and strict):
+        raise _refused(name, "; ".join(errors + odd), work)
+    if odd:
+        warn(f"{work.plan.path}: {name} loads itself, and went on without: {'; '.join(odd)}")
 
 
-def _enter(loader: OwnLoader, state: OrderedDict[str, Any], prefix: str, strict: bool) -> list[str]:
+def _enter(
+    loader: OwnLoader,
+    state: OrderedDict[str, Any],
+    prefix: str,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+) -> list[str]:
     """The outermost module's own `load_state_dict`."""
     given: OrderedDict[str, Any] = OrderedDict((n.removeprefix(prefix), t) for n, t in state.items())
     below = {p.removeprefix(prefix): m for p, m in loader.metadata.items() if p.startswith(prefix)}
     root = loader.metadata.get(loader.live)
     given._metadata = {**below, **({"": root} if root else {})}  # type: ignore[attr-defined]
     try:
-        loader.module.load_state_dict(given, strict=strict)
+        told: Any = loader.module.load_state_dict(given, strict=strict)
     except TypeError:  # an override without `strict`
-        loader.module.load_state_dict(given)
+        told = loader.module.load_state_dict(given)
+    if isinstance(told, _IncompatibleKeys):
+        missing += [prefix + name for name in told.missing_keys]
+        unexpected += [prefix + name for name in told.unexpected_keys]
     return []
 
 
@@ -101,22 +114,68 @@ def _refused(name: str, why: str, work: Work) -> MismatchError:
     return MismatchError(message, plan=work.plan, path=work.plan.path)
 
 
-def _give_memory(module: nn.Module) -> None:
-    """Memory for what stands on the meta device, ties kept."""
-    made: dict[int, torch.Tensor] = {}
-    for inner in module.modules():
-        for held in (inner._parameters, inner._buffers):
-            for name, tensor in list(held.items()):
-                if tensor is None or not tensor.is_meta or is_lazy(tensor):
-                    continue
-                if id(tensor) not in made:
-                    made[id(tensor)] = _with_memory(tensor)
-                held[name] = made[id(tensor)]  # type: ignore[assignment]
+def _slots(loader: OwnLoader) -> Iterator[tuple[str, dict[str, Any], str, torch.Tensor]]:
+    """Every place of a module's tensors: its name, what holds it and under which attribute, what stands there."""
+    for path, inner in loader.module.named_modules(prefix=loader.name):
+        for slots in (inner._parameters, inner._buffers):
+            for attribute, tensor in list(slots.items()):
+                if tensor is not None:
+                    yield join(path, attribute), slots, attribute, tensor
+
+
+def _give_memory(loader: OwnLoader, made: dict[int, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Memory for what stands on the meta device, ties kept; gives meta tensor and memory that nothing was read into."""
+    given = []
+    for _, slots, attribute, tensor in _slots(loader):
+        if not tensor.is_meta:
+            continue
+        if id(tensor) not in made:
+            made[id(tensor)] = _with_memory(tensor)
+            given.append((tensor, made[id(tensor)]))
+        slots[attribute] = made[id(tensor)]
+    return given
 
 
 def _with_memory(tensor: torch.Tensor) -> torch.Tensor:
+    if is_lazy(tensor):
+        kind: Any = type(tensor)
+        return kind(requires_grad=tensor.requires_grad, device="cpu", dtype=tensor.dtype)  # type: ignore[no-any-return]
     fresh = torch.empty_like(tensor.detach(), device="cpu")
+    _bytes(fresh).fill_(_UNWRITTEN)
     return nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage())
+
+
+def _take_back(
+    given: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    made: dict[int, torch.Tensor],
+    loader: OwnLoader,
+    work: Work,
+    strict: bool,
+) -> None:
+    """Tensors that the module gave no value stand on the meta device again, which is said."""
+    empty = [(meta, new) for meta, new in given if not is_lazy(new) and bool((_bytes(new) == _UNWRITTEN).all())]
+    back = {id(new): meta for meta, new in empty if new.numel()}
+    known = {id(target.tensor) for target in (*work.counters, *loader.spared)}
+    names = []
+    for name, slots, attribute, tensor in _slots(loader):
+        meta = back.get(id(tensor))
+        if meta is not None:
+            slots[attribute] = meta
+            made.pop(id(meta), None)
+            names += [name] if id(meta) not in known else []
+    if not names:
+        return
+    message = (
+        f"no value for {', '.join(names)}: on the meta device, and {loader.name or type(loader.module).__name__}, "
+        "which loads itself, takes none from the file; give a callable that builds the model instead"
+    )
+    if strict:
+        raise MismatchError(f"{message}. The model was not changed.", plan=work.plan, path=work.plan.path)
+    warn(f"{work.plan.path}: {message}")
 
 
 def check_extras(work: Work) -> None:

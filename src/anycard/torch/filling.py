@@ -64,13 +64,14 @@ def fill(
     places = _allocate(work, options)
     new = verify is not False
     old = undo is None if verify is None else verify
+    made = {key: _like(own, fresh) for key, (own, fresh) in places.old.items() if own.is_meta}
     with counting(progress, work.plan.nbytes) as done, naming(work.plan.path):
         prepare(places.new, check=new).run(done, limits=limits)
         try:
-            call_loaders(work, undo, options.strict, check=new)
+            call_loaders(work, undo, options.strict, made, check=new)
             inplace = places.inplace.seen_anew() if work.called else places.inplace
             _read_in_place(inplace, done, old, undo, limits)
-            _put(work.model, options, places, undo)
+            _put(work.model, options, places, made, undo)
             _set_counters(work, options, undo)
             set_extras(work, undo, options.strict)
             run_post_hooks(work.hooked)
@@ -148,11 +149,15 @@ def _read_in_place(inplace: Fills, done: Callable[[int], None], check: bool, und
     filling.run(done, limits=limits)
 
 
-def _put(model: nn.Module, options: Options, places: _Places, undo: Undo | None) -> None:
+def _like(own: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
+    """What takes a meta tensor's place: `.data =` refuses to give that memory."""
+    return nn.Parameter(fresh, own.requires_grad) if isinstance(own, nn.Parameter) else fresh
+
+
+def _put(model: nn.Module, options: Options, places: _Places, made: dict[int, torch.Tensor], undo: Undo | None) -> None:
     """Put new memory in the place of the old, ties kept; move what the file does not fill."""
     if not places.old and options.device is None and options.dtype is None:
         return
-    made: dict[int, nn.Parameter] = {}
     moved: dict[int, torch.Tensor] = {}
     for _, _, module in walk(model):
         if undo is not None:
@@ -167,19 +172,18 @@ def _put(model: nn.Module, options: Options, places: _Places, undo: Undo | None)
 
 
 def _put_parameter(
-    parameter: nn.Parameter, options: Options, places: _Places, made: dict[int, nn.Parameter]
+    parameter: nn.Parameter, options: Options, places: _Places, made: dict[int, torch.Tensor]
 ) -> nn.Parameter:
     _, fresh = places.old.get(id(parameter), (parameter, None))
-    if fresh is not None and parameter.is_meta:  # `.data =` refuses to give a meta tensor memory
-        if id(parameter) not in made:
-            made[id(parameter)] = nn.Parameter(fresh, parameter.requires_grad)
-        return made[id(parameter)]
+    if (new := made.get(id(parameter))) is not None:
+        assert isinstance(new, nn.Parameter)
+        return new
     if fresh is not None:
         parameter.data = fresh
     else:
-        new = _moved(parameter, options, {})
-        if new is not parameter:
-            parameter.data = new
+        held = _moved(parameter, options, {})
+        if held is not parameter:
+            parameter.data = held
     return parameter
 
 

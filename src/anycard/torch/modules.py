@@ -74,6 +74,12 @@ class _Level:
         self.inner = row.child if row is not None else None
 
 
+def children_first(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it, in the order in which a load is done with them; one met twice comes twice."""
+    below = [inner for child in module._modules.values() if child is not None for inner in children_first(child)]
+    return [*below, module]
+
+
 def canonical_paths(walked: Walked) -> dict[str, str]:
     """Live module path -> canonical module path.
 

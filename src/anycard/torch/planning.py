@@ -11,18 +11,23 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from anycard.checkpoint import Checkpoint
-from anycard.names.choosing import by_key
+from anycard.names.choosing import by_key, canonical_names
 from anycard.names.paths import join, translated
 from anycard.names.stored import StateDict
 from anycard.plans.load_plan import LoadPlan, nearest_names
-from anycard.plans.matching import Match, canonical_metadata, extra_states, find, infos, last_resorts, selected
+from anycard.plans.matching import (
+    Match,
+    asked_for,
+    canonical_metadata,
+    extra_states,
+    find,
+    infos,
+    last_resorts,
+    selected,
+)
 from anycard.tensors import TensorInfo, row_major
 from anycard.torch.dtypes import FROM_TORCH, TO_TORCH
-from anycard.torch.modules import (
-    canonical_paths,
-    live_paths,
-    unwrapped,
-)
+from anycard.torch.modules import canonical_paths, children_first, live_paths, unwrapped
 from anycard.torch.reading import Fill, Fills
 from anycard.torch.self_loading import Trace, counts_batches, overrides_entry, trace
 from anycard.torch.survey import Survey, Target, survey
@@ -218,12 +223,12 @@ class _Planner:
         spared = [t for t in mine.values() if id(t.tensor) not in asked]
         loader = OwnLoader(module, name, live, given, metadata, found, spared)
         copies = {} if found.computed else self._copies(loader, back)
-        self.work.hooked += module.modules()
         how = "was asked what goes where"
         if copies is None or found.computed:
             how = "is called with real tensors" + ("; what only= leaves out gets its values back" if spared else "")
             self._to_be_called(loader, back)
         else:
+            self.work.hooked += children_first(module)
             self._from_trace(loader, prefix, back, copies)
         self.plan.notes.append(f"{name or type(module).__name__} loads itself and {how}")
 
@@ -253,6 +258,12 @@ class _Planner:
             paths = canonical_paths(self.walked)
             missing = [translated(n, paths) for n in found.missing if not n.endswith("_extra_state")]
             self.missing += [n for n in missing if n in self.chosen or n not in self.wanted]
+            return
+        prefix = loader.name + "." if loader.name else ""
+        lacking = [n for n in self.wanted if n.startswith(prefix) and n in self.chosen and n not in self.stored]
+        if lacking:
+            names = ", ".join(lacking)
+            self.plan.notes.append(f"not in the file under these names, which only the call can tell of: {names}")
 
     def _from_trace(
         self,
@@ -290,7 +301,8 @@ class _Planner:
     def _wrapper_state(self) -> None:
         """A wrapper's own counters, where the file has them; `n_averaged` without one becomes 1."""
         match, marked = self.work.match, self.ckpt.mark.get("wrappers", {})
-        for target in self.seen.own:
+        only = self.options.only
+        for target in self.seen.own if only is None else [t for t in self.seen.own if asked_for(t.name, only)]:
             stored = match.wrapper_state.get(target.name)
             value = marked.get(join(match.where, target.name)) if isinstance(marked, dict) else None
             if stored is not None:
@@ -306,6 +318,8 @@ class _Planner:
     def _extra_state(self) -> None:
         extras = self.work.match.source.extras
         wanted = {join(canonical, "_extra_state"): module for _, canonical, module in self.seen.extras}
+        if (only := self.options.only) is not None:
+            wanted = {name: module for name, module in wanted.items() if asked_for(name, only)}
         found = extra_states(self.work.match, [name for name in wanted if name not in self.stored])
         for name, module in wanted.items():
             if name in self.stored:
@@ -313,7 +327,7 @@ class _Planner:
                 self.work.extras.append((module, name, self.stored[name]))
             elif name in found:
                 self.work.extras.append((module, name, extras[found[name]]))
-            elif self.options.only is None:
+            elif only is None:
                 self.missing.append(name)
         self.spare_extras = [name for name in extras if name not in found.values()]
 
@@ -341,7 +355,7 @@ class _Planner:
         if dropped:
             self.plan.notes.append(f"dropped, since the model no longer stores them: {', '.join(dropped)}")
         if self.options.only is None:
-            outside = [] if self._lightning() else self.work.match.outside
+            outside = [] if self._lightning() else self._outside()
             self.plan.unexpected = (*(n for n in left if n not in hidden), *outside)
         self.plan.missing = tuple(dict.fromkeys(self.missing))
         if bare := self.seen.bare:
@@ -351,6 +365,12 @@ class _Planner:
             self.plan.unfillable = tuple(
                 name for name, tensor, module in bare if id(module) not in called and id(tensor) not in filled
             )
+
+    def _outside(self) -> list[str]:
+        """Canonical names of what the file has beside the part that the model is."""
+        match = self.work.match
+        names, _ = canonical_names(match.source, marked=self.ckpt.marked) if match.outside else ({}, ())
+        return [names.get(name, name) for name in match.outside]
 
     def _lightning(self) -> bool:
         """What a Lightning module holds beside the model (metrics, losses) is no reason to refuse."""

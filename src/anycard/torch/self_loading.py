@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from anycard.names.paths import join
 from anycard.tensors import TensorInfo
+from anycard.torch.attributes import Attributes
 from anycard.torch.dtypes import TO_TORCH
 from anycard.torch.modules import live_wrapper
 from anycard.torch.overrides import METADATA, short_name
@@ -67,14 +68,21 @@ class Trace:
 
 
 class _Watch(TorchFunctionMode):
-    """Follows placeholders to the shadows that they are copied into."""
+    """Follows placeholders to the shadows that they are copied into.
+
+    Whatever is written to a placeholder, or to anything that has its memory, shows in the versions that torch counts.
+    """
 
     def __init__(self, given: Mapping[str, torch.Tensor], shadows: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.given = {id(tensor): name for name, tensor in given.items()}
-        self.shadows = {id(tensor): name for name, tensor in shadows.items()}
+        self.given: dict[int, str] = {}
+        self.shadows: dict[int, list[str]] = {}
+        for name, tensor in shadows.items():
+            self.shadows.setdefault(id(tensor), []).append(name)
         self.trace = Trace()
-        self.keep: list[Any] = [*given.values()]
+        self._aliases: dict[str, list[tuple[torch.Tensor, int]]] = {name: [] for name in given}
+        for name, tensor in given.items():
+            self._stands_for(tensor, name)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -84,33 +92,40 @@ class _Watch(TorchFunctionMode):
         if name == "copy_" and id(args[0]) in self.shadows and isinstance(args[1], torch.Tensor):
             self._copied(args[0], args[1])
         elif args and id(args[0]) in self.given:
+            if getattr(func, "__name__", "") == "__set__" and name not in METADATA:
+                self.trace.computed = True  # it is given other memory
             self._follow(name, args[0], result)
-            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name not in _SAME):
-                self._forget(self.given[id(args[0])])
         elif name not in METADATA and any(id(value) in self.shadows for value in (*args, *(kwargs or {}).values())):
             self.trace.computed = True  # a shadow was used for more than a look at its shape
         return result
 
-    def _forget(self, stored: str) -> None:
-        """A placeholder was written to: no alias of it stands for the stored tensor any more."""
-        self.given = {alias: name for alias, name in self.given.items() if name != stored}
+    def _stands_for(self, tensor: torch.Tensor, stored: str) -> None:
+        self.given[id(tensor)] = stored
+        self._aliases[stored].append((tensor, tensor._version))
+
+    def _stored(self, tensor: torch.Tensor) -> str | None:
+        """The stored tensor that this one stands for; None for any other, and once an alias was written to."""
+        stored = self.given.get(id(tensor))
+        untouched = stored is not None and all(alias._version == version for alias, version in self._aliases[stored])
+        return stored if untouched else None
 
     def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        stored = self.given.get(id(source))
+        stored = self._stored(source)
         if stored is None or target.shape != source.shape:
             self.trace.computed = True
         else:
-            self.trace.copies[self.shadows[id(target)]] = stored
+            tied = self.shadows[id(target)]
+            self.trace.copies.update(dict.fromkeys([stored] if stored in tied else tied, stored))
 
     def _follow(self, name: str, source: torch.Tensor, result: Any) -> None:
         """The result stands for the same stored tensor, where it has the same elements in the same order."""
-        if not isinstance(result, torch.Tensor) or result.dtype != source.dtype:
+        if not isinstance(result, torch.Tensor) or result.dtype != source.dtype or id(result) in self.given:
             return
         same = name in _SAME and result.shape == source.shape
         reshaped = name in _RESHAPED or (name == "__getitem__" and source.numel() == 1)
-        if same or (reshaped and source.numel() == result.numel()):
-            self.given[id(result)] = self.given[id(source)]
-            self.keep.append(result)
+        stored = self._stored(source)
+        if stored is not None and (same or (reshaped and source.numel() == result.numel())):
+            self._stands_for(result, stored)
 
 
 def trace(
@@ -124,11 +139,14 @@ def trace(
         given: Names (with the prefix) -> stored tensors.
         metadata: Module paths in the given names -> what `_metadata` says of them (`{"version": 2}`).
     """
-    state: OrderedDict[str, Any] = OrderedDict()
-    for name, info in given.items():
-        state[name] = torch.empty(info.shape, dtype=TO_TORCH[info.dtype], device="meta")
-    with _shadows(module, prefix) as shadows, warnings.catch_warnings():
+    inference = torch.inference_mode(mode=False)  # its tensors count no versions
+    fork = torch.random.fork_rng(devices=[])  # modules that build others on load draw random numbers
+    with inference, fork, _shadows(module, prefix) as (shadows, kept), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        state: OrderedDict[str, Any] = OrderedDict()
+        for name, info in given.items():
+            if name.rpartition(".")[2] != "_extra_state":
+                state[name] = torch.empty(info.shape, dtype=TO_TORCH[info.dtype], device="meta")
         watch = _Watch(state, shadows)
         found = watch.trace
         try:
@@ -137,7 +155,7 @@ def trace(
             found.reported = True
         except Exception:  # noqa: BLE001 - whatever a model's own code raises on meta tensors
             found.computed = True
-        if {n: id(t) for n, t in _held(module, prefix)} != {n: id(t) for n, t in shadows.items()}:
+        if kept.changed():
             found.computed = True
     return found
 
@@ -149,11 +167,14 @@ def run_own_loading(
     metadata: Mapping[str, dict[str, Any]],
     missing: list[str],
     unexpected: list[str],
+    *,
+    hooks: bool = False,
 ) -> list[str]:
     """What `load_state_dict` does below its entry; gives the error messages.
 
-    Post-hooks belong to the end of a load. Here they run where something is missing or unexpected, because
-    they may say that this is as it should be.
+    Args:
+        hooks: Run the post-hooks. Without, they run where something is missing or unexpected, because they may say
+            that this is as it should be.
     """
     errors: list[str] = []
 
@@ -165,7 +186,7 @@ def run_own_loading(
             if child is not None:
                 below = path + name + "."
                 visit(child, OrderedDict((k, v) for k, v in local.items() if k.startswith(below)), below)
-        if missing or unexpected:
+        if hooks or missing or unexpected:
             for hook in at._load_state_dict_post_hooks.values():
                 hook(at, _IncompatibleKeys(missing, unexpected))
 
@@ -173,37 +194,28 @@ def run_own_loading(
     return errors
 
 
-def _held(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for path, inner in module.named_modules(prefix=prefix.rstrip("."), remove_duplicate=False):
-        for name, tensor in (*inner._parameters.items(), *inner._buffers.items()):
-            if tensor is not None:
-                yield join(path, name), tensor
-
-
 @contextmanager
-def _shadows(module: nn.Module, prefix: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Put meta tensors in the place of all parameters and buffers; put the real ones back after."""
+def _shadows(module: nn.Module, prefix: str) -> Iterator[tuple[dict[str, torch.Tensor], Attributes]]:
+    """Put meta tensors in the place of all parameters and buffers; put the real ones, and all else, back after.
+
+    Gives the shadows by name, and the modules as they are with these.
+    """
+    before = Attributes(module.modules())
     made: dict[int, torch.Tensor] = {}
     names: dict[str, torch.Tensor] = {}
-    kept = []
     try:
         for path, inner in module.named_modules(prefix=prefix.rstrip("."), remove_duplicate=False):
-            kept.append((inner, dict(inner._parameters), dict(inner._buffers)))
             for held in (inner._parameters, inner._buffers):
                 for name, tensor in list(held.items()):
                     if tensor is None:
                         continue
                     if id(tensor) not in made:
-                        made[id(tensor)] = _shadow(tensor)
-                    held[name] = made[id(tensor)]
-                    names[join(path, name)] = held[name]
-        yield names
+                        shadow = _shadow(tensor)
+                        made[id(tensor)] = made[id(shadow)] = shadow  # a module may be met twice
+                    held[name] = names[join(path, name)] = made[id(tensor)]
+        yield names, Attributes(module.modules())
     finally:
-        for inner, parameters, buffers in reversed(kept):
-            inner._parameters.clear()
-            inner._parameters.update(parameters)
-            inner._buffers.clear()
-            inner._buffers.update(buffers)
+        before.put_back()
 
 
 def _shadow(tensor: torch.Tensor) -> torch.Tensor:

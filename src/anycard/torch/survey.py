@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -185,9 +185,17 @@ def _targets(held: Sequence[_Held], columns: Columns) -> list[Target]:
 
 def _loads_itself(module: nn.Module, habits: _Habits, odd: Collection[int]) -> bool:
     if habits.wrapper is not None:
-        return False
+        return _has_hooks_of_others(module)
     hooked = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
     return bool(habits.loads_itself or hooked or id(module) in odd)
+
+
+def _has_hooks_of_others(wrapper: nn.Module) -> bool:
+    """Someone gave a wrapper load hooks; those that it has of itself only mend names."""
+    hooks: list[Any] = [*wrapper._load_state_dict_pre_hooks.values(), *wrapper._load_state_dict_post_hooks.values()]
+    inner = [getattr(hook, "hook", hook) for hook in hooks]  # torch wraps those that want the module
+    functions = [getattr(hook, "func", hook) for hook in inner]
+    return any(not str(getattr(function, "__module__", "")).startswith("torch.") for function in functions)
 
 
 def _habits(kind: type[nn.Module]) -> _Habits:

@@ -15,6 +15,7 @@ from anycard.disk.keeping import keep
 from anycard.disk.vectors import memory
 from anycard.errors import CheckpointError
 from anycard.names.paths import join
+from anycard.torch.attributes import Attributes
 from anycard.torch.dtypes import TO_TORCH, is_plain
 from anycard.torch.reading import Filling
 
@@ -129,6 +130,14 @@ class Undo:
             copy = _Copy(tensors, addresses, sizes, forms)
             self._copies.append(copy)
             self.then(copy.back)
+
+    def keep_modules(self, module: nn.Module) -> None:
+        """Remember all that a module and those in it are made of, before code of theirs runs."""
+        inside = list(module.modules())
+        self.keep_bytes((*module.parameters(), *module.buffers()))
+        for inner in inside:
+            self.keep_slots(inner)
+        self.then(Attributes(inside).put_back)
 
     def keep_slots(self, module: nn.Module) -> None:
         """Remember which tensors stand in a module's parameters and buffers, and the memory they have."""
