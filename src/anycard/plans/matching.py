@@ -337,6 +337,8 @@ def infos(match: Match) -> dict[str, TensorInfo]:
 
 def extra_states(match: Match, wanted: Iterable[str]) -> dict[str, str]:
     """The model's name of an extra state -> the stored one: that of its own module, else the only one that ends so."""
+    if not match.source.extras:
+        return {}
     paths = _module_paths(match)
     own = {moved(without_segments(stored), paths): stored for stored in match.source.extras}
     found = {name: own[name] for name in wanted if name in own}

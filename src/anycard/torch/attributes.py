@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from copy import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +11,11 @@ from torch import nn
 
 from anycard.torch.dtypes import is_plain
 
-_CONTAINERS = (dict, OrderedDict, list, set)
+_CONTAINERS = frozenset([dict, OrderedDict, list, set])
+_SIMPLE = frozenset([bool, int, float, str, tuple, type(None)])
+
+
+_GONE = object()
 
 
 class Attributes:
@@ -22,13 +25,11 @@ class Attributes:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._kept = [(module, dict(vars(module))) for module in modules]
-        self._inside = [(value, copy(value)) for value in self._values() if type(value) in _CONTAINERS]
-        tensors = [value for value in self._values() if isinstance(value, torch.Tensor) and is_plain(value)]
+        self._kept = [(module, vars(module).copy()) for module in modules]
+        odd = [value for _, held in self._kept for value in held.values() if type(value) not in _SIMPLE]
+        self._inside = [(value, value.copy()) for value in odd if type(value) in _CONTAINERS]
+        tensors = [value for value in odd if isinstance(value, torch.Tensor) and is_plain(value)]
         self._tensors = [(t, t._version, t.detach().clone()) for t in tensors if not (t.is_meta or t.is_inference())]
-
-    def _values(self) -> Iterator[Any]:
-        return (value for _, held in self._kept for value in held.values())
 
     def changed(self) -> bool:
         """Something is another object than it was, or a tensor among the attributes was written to."""
@@ -36,16 +37,18 @@ class Attributes:
             return True
         if any(tensor._version != version for tensor, version, _ in self._tensors):
             return True
-        return any(_differ(dict(enumerate(_parts(a))), dict(enumerate(_parts(b)))) for a, b in self._inside)
+        return any(_differs(container, held) for container, held in self._inside)
 
     def put_back(self) -> None:
         """Make everything as it was."""
         for module, held in self._kept:
-            vars(module).clear()
-            vars(module).update(held)
+            if _differ(vars(module), held):
+                vars(module).clear()
+                vars(module).update(held)
         for container, held in self._inside:
-            container.clear()
-            container.extend(held) if isinstance(container, list) else container.update(held)
+            if _differs(container, held):
+                container.clear()
+                container.extend(held) if isinstance(container, list) else container.update(held)
         with torch.no_grad():
             for tensor, version, old in self._tensors:
                 if tensor._version != version:
@@ -53,9 +56,14 @@ class Attributes:
 
 
 def _differ(now: dict[Any, Any], then: dict[Any, Any]) -> bool:
-    return now.keys() != then.keys() or any(value is not then[key] for key, value in now.items())
+    return len(now) != len(then) or any(value is not then.get(key, _GONE) for key, value in now.items())
 
 
-def _parts(container: Any) -> list[Any]:
-    """Keys and values of a dict, the elements of anything else; of a set in an order that stays while it does."""
-    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
+def _differs(container: Any, held: Any) -> bool:
+    if not (container or held):
+        return False
+    if isinstance(container, dict):
+        return _differ(container, held)
+    if isinstance(container, set):
+        return bool(container != held)
+    return len(container) != len(held) or any(a is not b for a, b in zip(container, held, strict=True))
