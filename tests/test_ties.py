@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -185,3 +186,48 @@ def test_views_of_one_storage_stay_together_in_a_whole_model(tmp_path):
     for loaded in (torch.load(tmp_path / "a.pt", weights_only=False), anycard.load(tmp_path / "a.pt")):
         loaded.x[5] = -1
         assert loaded.y[0] == -1
+
+
+def with_buffers(**buffers: torch.Tensor) -> nn.Module:
+    """A module of these buffers."""
+    model = nn.Module()
+    for name, tensor in buffers.items():
+        model.register_buffer(name, tensor)
+    return model
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("dtypes", [("float32", "int32"), ("uint8", "float64"), ("complex64", "float32")])
+def test_two_dtypes_over_one_memory_in_a_whole_model(tmp_path, dtypes, mmap):
+    """Plain PyTorch, which takes a record for the dtype that it meets first, reads both as they were."""
+    memory = torch.arange(64, dtype=torch.uint8)
+    seen = [memory[8:40].view(getattr(torch, dtype)) for dtype in dtypes]
+    model = with_buffers(x=seen[0], y=seen[1], z=seen[0][1:])
+    anycard.save(model, tmp_path / "a.pt", whole=True)
+    for loaded in (
+        torch.load(tmp_path / "a.pt", weights_only=False, mmap=mmap),
+        anycard.load(tmp_path / "a.pt"),
+    ):
+        assert_same(weights(loaded), weights(model))
+        assert loaded.z.data_ptr() == loaded.x[1:].data_ptr()
+
+
+def test_storages_of_different_size_at_one_address(tmp_path):
+    """A short storage and a long one that begin at the same address keep every element, and stay one memory."""
+    array = np.arange(1, 11, dtype=np.float32)
+    for cuts in ((2, 10), (10, 2)):
+        model = with_buffers(x=torch.from_numpy(array[: cuts[0]]), y=torch.from_numpy(array[: cuts[1]]))
+        anycard.save(model, tmp_path / "a.pt", whole=True)
+        for loaded in (torch.load(tmp_path / "a.pt", weights_only=False), anycard.load(tmp_path / "a.pt")):
+            assert_same(weights(loaded), weights(model))
+            assert loaded.x.data_ptr() == loaded.y.data_ptr()
+
+
+def test_a_whole_model_holds_nothing_of_what_lies_beside_its_views(tmp_path):
+    """Foreign bytes around a view neither reach the file nor change it."""
+    files = []
+    for beside in (b"x:SECRET-KEY....", b"x:another-thing."):
+        memory = torch.frombuffer(bytearray(beside), dtype=torch.uint8)
+        anycard.save(with_buffers(x=memory[:1], y=memory[9:9]), tmp_path / "a.pt", whole=True)
+        files.append((tmp_path / "a.pt").read_bytes())
+    assert files[0] == files[1] and b"SECRET" not in files[0]

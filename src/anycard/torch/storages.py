@@ -16,8 +16,6 @@ from anycard.pickles.writer import TensorRef
 from anycard.tensors import is_dense, row_major, span_numel
 from anycard.torch.dtypes import FROM_TORCH, PLAIN, is_plain
 
-_GRAIN = 16  # bytes of the largest element: whatever dtype looks at a span, its elements are counted whole
-
 
 class Storages:
     """Compact: every tensor has a storage of its own bytes only, tied ones share it.
@@ -74,60 +72,69 @@ class Storages:
 
 @dataclass
 class _Span:
-    """The part of a storage that tensors look at, in bytes."""
+    """The part of a memory that tensors of one dtype look at, in bytes, and a storage that holds all of it."""
 
     start: int
     end: int
+    storage: torch.UntypedStorage
     key: str = ""
 
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
+    def widen(self, start: int, end: int, storage: torch.UntypedStorage) -> None:
+        if end > self.end:  # several storages may begin at one address, some shorter than others
+            self.end, self.storage = end, storage
+        self.start = min(self.start, start)
 
 
 class SharedStorages(Storages):
-    """Views of one storage stay together, in the span that is in use. Every tensor is to be noted first."""
+    """Views of one memory stay together, in the span that is in use. Every tensor is to be noted first.
+
+    A span for each dtype: torch takes all of a record for the dtype that it meets first.
+    """
 
     learned = True
 
     def __init__(self) -> None:
         super().__init__()
-        self._spans: dict[int, _Span] = {}
+        self._spans: dict[tuple[Any, ...], _Span] = {}
 
     def note(self, tensor: torch.Tensor) -> None:
-        """Widen the span of the tensor's storage."""
-        if tensor.layout is not torch.strided or tensor.is_meta or is_lazy(tensor) or not tensor.numel():
+        """Widen the span of the tensor's memory; the tensor is of a kind that is written."""
+        if not _shares(tensor):
             return
-        size = tensor.element_size()
+        size, storage = tensor.element_size(), tensor.untyped_storage()
         start = int(tensor.storage_offset()) * size
         end = start + span_numel(tuple(tensor.shape), tuple(tensor.stride())) * size
-        start, end = start - start % _GRAIN, end + -end % _GRAIN
-        span = self._spans.setdefault(tensor.untyped_storage().data_ptr(), _Span(start, end))
-        span.start, span.end = min(span.start, start), max(span.end, end)
+        self._spans.setdefault(_memory_of(tensor), _Span(start, end, storage)).widen(start, end, storage)
         self._alive.append(tensor)
 
     def _made(self, tensor: torch.Tensor, where: tuple[Any, ...], parameter: bool, grad: bool) -> TensorRef:
-        span = self._spans.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
-        if span is None or tensor.is_conj() or tensor.is_neg():
+        span = self._spans.get(_memory_of(tensor)) if _shares(tensor) else None
+        if span is None:
             return super()._made(tensor, where, parameter, grad)
+        nbytes, size = span.end - span.start, tensor.element_size()
         if not span.key:
-            storage, start, nbytes = tensor.untyped_storage(), span.start, span.nbytes
-            span.key = self.add(Lazy(nbytes, lambda: _span_bytes(storage, start, nbytes)))
-        size = tensor.element_size()
-        offset = (int(tensor.storage_offset()) * size - span.start) // size
+            span.key = self.add(Lazy(nbytes, lambda: _span_bytes(span.storage, span.start, nbytes)))
+        offset = int(tensor.storage_offset()) - span.start // size
         return TensorRef(
-            span.key, FROM_TORCH[tensor.dtype], "cpu", span.nbytes // size, offset, tuple(tensor.shape),
+            span.key, FROM_TORCH[tensor.dtype], "cpu", nbytes // size, offset, tuple(tensor.shape),
             tuple(tensor.stride()), requires_grad=grad, parameter=parameter,
         )  # fmt: skip
 
 
+def _shares(tensor: torch.Tensor) -> bool:
+    """The tensor is written as the view that it is."""
+    return bool(tensor.numel()) and not (tensor.is_conj() or tensor.is_neg())
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.untyped_storage().data_ptr(), tensor.device, tensor.dtype
+
+
 def _span_bytes(storage: torch.UntypedStorage, start: int, nbytes: int) -> memoryview:
-    """A part of a storage on the CPU, zeros beyond its end."""
-    flat = torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
-    there = min(nbytes, storage.nbytes() - start)
+    """A part of a storage, on the CPU."""
     held = torch.empty(0, dtype=torch.uint8, device=storage.device)
-    flat[:there] = held.set_(storage, start, (there,))  # type: ignore[call-overload]
-    return _bytes_of(flat.untyped_storage(), 0, nbytes)
+    flat = held.set_(storage, start, (nbytes,)).cpu()  # type: ignore[call-overload]
+    return _bytes_of(flat.untyped_storage(), int(flat.storage_offset()), nbytes)
 
 
 def refuse_kinds(tensor: torch.Tensor, name: str) -> None:

@@ -67,8 +67,9 @@ class _Noting(Storages):
         self._storages = storages
 
     def ref(self, tensor: torch.Tensor, name: str) -> TensorRef:
+        made = super().ref(tensor, name)  # refuses what has no memory to note
         self._storages.note(tensor)
-        return super().ref(tensor, name)
+        return made
 
 
 def _dumped(model: nn.Module, storages: Storages) -> tuple[bytes, _ModelPickler]:
