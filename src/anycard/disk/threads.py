@@ -10,7 +10,10 @@ T = TypeVar("T")
 
 
 def in_threads(items: Sequence[T], work: Callable[[T], None], threads: int) -> None:
-    """Do `work` for each item, in their order but for `threads` of them at a time; the first error is raised."""
+    """Do `work` for each item, in their order but for `threads` of them at a time; the first error is raised.
+
+    No item is worked on once this has ended, however it ends: helpers write into memory and files of the caller's.
+    """
     todo = iter(items)
     lock = threading.Lock()
     errors: list[BaseException] = []
@@ -26,22 +29,44 @@ def in_threads(items: Sequence[T], work: Callable[[T], None], threads: int) -> N
         except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
             errors.append(error)
 
-    helpers = [threading.Thread(target=run) for _ in range(min(threads, len(items)) - 1)]
-    for helper in helpers:
-        helper.start()
+    helpers = [_Helper(run) for _ in range(min(threads, len(items)) - 1)]
     try:
-        run()
-    finally:
         for helper in helpers:
-            _join(helper, errors)
+            helper.start()
+        run()
+    except BaseException as error:  # noqa: BLE001 - an interrupt, or no room for one more thread
+        errors.append(error)
+    while True:
+        try:
+            for helper in helpers:
+                helper.wait()
+            break
+        except BaseException as error:  # noqa: BLE001 - an interrupt; raised once all have ended
+            errors.append(error)
     if errors:
         raise errors[0]
 
 
-def _join(helper: threading.Thread, errors: list[BaseException]) -> None:
-    """Wait for a helper's end, whatever comes meanwhile: it writes into memory that is the caller's."""
-    while helper.is_alive():
-        try:
-            helper.join()
-        except BaseException as error:  # noqa: BLE001 - an interrupt; raised by the caller, once all have ended
-            errors.append(error)
+class _Helper(threading.Thread):
+    """A thread whose end can be waited for in spite of interrupts.
+
+    Up to Python 3.12 an interrupted `join` takes a thread that still runs for ended, and an interrupted `start` leaves
+    one that does not count as alive yet. A lock that is held while the work is done tells the truth.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__()
+        self._work = work
+        self._working = threading.Lock()
+
+    def run(self) -> None:
+        """Called in the thread."""
+        with self._working:
+            self._work()
+
+    def wait(self) -> None:
+        """Until its work is done. Where that has not begun, there is to be none left by now, or an error to meet."""
+        with self._working:
+            pass
+        if self.is_alive():
+            self.join()
