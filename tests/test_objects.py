@@ -46,7 +46,8 @@ def test_a_whole_training_run_goes_out_and_comes_back(tmp_path):
     assert_same_bits(*momentum)
     assert fresh[2].state_dict() == scheduler.state_dict()
     assert fresh[3].state_dict() == scaler.state_dict()
-    assert state["epoch"] == 3 and state["counts"] == {"a": 2, "b": 1}
+    assert state["epoch"] == 3 and state["counts"] == collections.Counter("aab")
+    assert type(state["counts"]) is collections.Counter
     random.setstate(state["rng"])
     torch.set_rng_state(state["torch_rng"])
 
@@ -172,3 +173,38 @@ def test_convert_says_which_entries_it_leaves_out(tmp_path):
     assert len(done.left_behind) == 1 and done.left_behind[0].startswith("by.")
     held = torch.load(tmp_path / "b.pt", weights_only=True)
     assert list(held["by"]) == [torch.float16] and done.tensors == len(held["model"]) + 1
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_scheduler_that_counts_its_milestones_goes_on(tmp_path, plain, converted):
+    """A Counter comes back as one, also to plain PyTorch: a MultiStepLR within a SequentialLR goes on as it would."""
+
+    def run() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.SGD(filled(Small()).parameters(), 1.0)
+        steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 2, 4], gamma=0.5)
+        warm = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, 2)
+        return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, steps], [2])
+
+    def rates(scheduler: torch.optim.lr_scheduler.LRScheduler) -> list[float]:
+        told = []
+        for _ in range(8):
+            scheduler.optimizer.step()
+            scheduler.step()
+            told += scheduler.get_last_lr()
+        return told
+
+    path = tmp_path / "a.ckpt"
+    optimizer, scheduler = run()
+    if plain:
+        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, path)
+    else:
+        anycard.save({"optimizer": optimizer, "scheduler": scheduler}, path)
+    if converted:
+        assert not anycard.convert(path, tmp_path / "b.ckpt").left_behind
+        path = tmp_path / "b.ckpt"
+    held = torch.load(path, weights_only=True)["scheduler"]["_schedulers"][1]["milestones"]
+    assert type(held) is collections.Counter and held == {2: 2, 4: 1}
+    other, resumed = run()
+    anycard.load(path, {"optimizer": other, "scheduler": resumed})
+    assert rates(resumed) == rates(scheduler)

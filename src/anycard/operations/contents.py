@@ -12,8 +12,8 @@ from anycard.names.choosing import canonical_names
 from anycard.names.paths import join
 from anycard.names.stored import StateDict
 from anycard.operations.proving import Proof
-from anycard.pickles.stubs import Inert, Size
-from anycard.pickles.writer import GlobalRef, Reduced, TensorRef
+from anycard.pickles.stubs import Counted, Inert, Size
+from anycard.pickles.writer import COUNTER, GlobalRef, Reduced, TensorRef
 from anycard.plans.matching import Match, canonical_metadata
 from anycard.tensors import DTYPES, TensorInfo, row_major
 
@@ -124,7 +124,7 @@ class Copier:
                 self.gone.append(below)
             elif (copied := self._copy(held, below, dicts)) is not _GONE:
                 made[own] = copied
-        return made
+        return Reduced(COUNTER, (made,)) if isinstance(value, Counted) else made
 
 
 def _is_dtype(value: Any) -> bool:

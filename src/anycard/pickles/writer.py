@@ -54,6 +54,9 @@ class Reduced:
     args: tuple[Any, ...]
 
 
+COUNTER = GlobalRef("collections", "Counter")  # called with a dict of counts, as the reader of plain weights takes it
+
+
 @dataclass(eq=False, slots=True)
 class TensorRef:
     """A tensor whose bytes stand in a storage record. One object met twice is one tensor when read.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from anycard.errors import CheckpointError
 from anycard.names.paths import join
-from anycard.pickles.writer import GlobalRef, Reduced
+from anycard.pickles.writer import COUNTER, GlobalRef, Reduced
 from anycard.torch.state import state_of
 from anycard.torch.storages import Storages
 
@@ -50,6 +50,8 @@ def plain_data(value: Any, storages: Storages, mark: dict[str, Any], name: str =
 
 def _mapping(value: Mapping[Any, Any], storages: Storages, mark: dict[str, Any], name: str, depth: int) -> Any:
     items = ((_key(k, name), plain_data(v, storages, mark, join(name, k), depth + 1)) for k, v in value.items())
+    if isinstance(value, Counter):
+        return Reduced(COUNTER, (dict(items),))
     if not isinstance(value, OrderedDict):
         return dict(items)
     held: OrderedDict[Any, Any] = OrderedDict(items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,7 +21,7 @@ from anycard.errors import FormatError, naming
 from anycard.limits import DEFAULT, Limits
 from anycard.names.choosing import canonical_names
 from anycard.names.plain import plain
-from anycard.pickles.stubs import Inert
+from anycard.pickles.stubs import Counted, Inert
 from anycard.progress import Progress, counting
 from anycard.tensors import Storage, TensorInfo, is_dense
 from anycard.torch.dtypes import PLAIN, TO_TORCH
@@ -329,8 +330,9 @@ def _materialised(value: Any, made: dict[int, Any], depth: int) -> Any:
     if isinstance(value, TensorInfo):
         result = made[id(value)] = read_tensor(value)
     elif isinstance(value, Mapping):  # it may hold itself, as a list may
-        result = made[id(value)] = {}
-        result.update((k, _materialised(v, made, depth + 1)) for k, v in value.items())
+        result = made[id(value)] = Counter() if isinstance(value, Counted) else {}
+        for key, held in value.items():
+            result[key] = _materialised(held, made, depth + 1)
     elif isinstance(value, list):
         result = made[id(value)] = []
         result.extend(_materialised(v, made, depth + 1) for v in value)
