@@ -13,12 +13,14 @@ import time
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from blake3 import blake3
 from safetensors.torch import load_file
 
+import anycard
 from anycard.containers import zip_writer
 from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Bytes, FileRange, Lazy
@@ -333,3 +335,44 @@ def test_safetensors_cannot_hold() -> None:
     for row in (("a", "complex128", (1,), Bytes(bytes(16))), ("a", "float32", (2,), Bytes(bytes(4)))):
         with pytest.raises(CheckpointError, match="a: "):
             write_safetensors(io.BytesIO(), [row], {}, DEFAULT)
+
+
+class Hesitant(io.RawIOBase):
+    """An unbuffered file that takes few bytes at a time, and at its end what `then` says."""
+
+    def __init__(self, room: int, then: int | None = 0) -> None:
+        self.data, self.room, self.then = b"", room, then
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int | None:
+        took = bytes(data)[: min(1000, self.room - len(self.data))]
+        self.data += took
+        return len(took) if took else self.then
+
+
+class Silent:
+    """A file-like object whose `write` gives nothing back."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+
+@pytest.mark.parametrize("then", [0, None])
+def test_an_open_file_that_takes_a_part_at_a_time(then: int | None) -> None:
+    """It gets all of it, by as many calls as that takes; one that takes no more is an OSError, not a success."""
+    weights = {"w": torch.arange(5000.0)}
+    whole = io.BytesIO()
+    anycard.save(weights, whole)
+    size = len(whole.getvalue())
+    slow, silent = Hesitant(size, then), Silent()
+    anycard.save(weights, slow)
+    anycard.save(weights, silent)  # type: ignore[arg-type]
+    assert slow.data == silent.data == whole.getvalue()
+    for room in (0, size - 1):
+        with pytest.raises(OSError, match="cut short"):
+            anycard.save(weights, Hesitant(room, then))

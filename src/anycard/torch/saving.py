@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import tempfile
@@ -85,7 +87,18 @@ def _written(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.seek(0)
         while block := file.read(DEFAULT.chunk_nbytes):
-            path.write(block)
+            _write_all(path, block)
+
+
+def _write_all(file: BinaryIO, block: bytes) -> None:
+    """Write a block into the caller's file, which may take a part of it at a time."""
+    while block:
+        taken: Any = file.write(block)
+        if type(taken) is not int and not isinstance(file, io.RawIOBase):
+            return  # an object of the caller's that says nothing of what it takes
+        if taken is None or taken <= 0:
+            raise OSError(errno.EIO, f"the file took none of {len(block):,} bytes: what stands in it is cut short")
+        block = block[taken:]
 
 
 def _for_zip(obj: Any) -> tuple[bytes, list[Piece], dict[str, Any]]:
