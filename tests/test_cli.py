@@ -238,6 +238,32 @@ def test_rot_does_not_become_valid(folder: Path) -> None:
         assert isinstance(run("fingerprint", folder / name).exception, anycard.FormatError)
 
 
+def test_rot_in_a_memory_that_tensors_share_does_not_become_valid(tmp_path: Path) -> None:
+    """No tensor is all of it, as in the flat weights of an RNN: its checksum is looked at all the same."""
+    flat = torch.arange(3000.0)
+    source, whole = tmp_path / "a.pt", tmp_path / "whole.pt"
+    torch.save({"a": flat[:1000], "b": flat[1000:2000], "more": {"b": torch.ones(3)}}, source)
+    model = torch.nn.Module()
+    model.a, model.b = torch.nn.Buffer(flat[:1000]), torch.nn.Buffer(flat[1000:])
+    anycard.save(model, whole, whole=True)
+    for path in (source, whole):
+        run("fingerprint", path)
+        with anycard.open(path) as ckpt:
+            offset = ckpt.tensors["b"].offset
+        data = bytearray(path.read_bytes())
+        assert offset is not None
+        data[offset + 7] ^= 0x40
+        for target in ("new.pt", "new.safetensors"):
+            assert run("convert", path, tmp_path / target).exit_code == 0
+            (tmp_path / target).unlink()
+        path.write_bytes(data)
+        for target in ("new.pt", "new.safetensors"):
+            with pytest.raises(anycard.FormatError, match="damaged"):
+                anycard.convert(path, tmp_path / target)
+            assert not (tmp_path / target).exists()
+        assert isinstance(run("fingerprint", path).exception, anycard.FormatError)
+
+
 def test_every_verb_has_help() -> None:
     """Each verb explains itself, and the list names them all."""
     listed = run("--help").output

@@ -13,6 +13,7 @@ from anycard.disk.pieces import FileRange, Lazy, Piece
 from anycard.disk.threads import in_threads
 from anycard.limits import DEFAULT, Limits
 from anycard.names import fingerprint as lines
+from anycard.operations.sums import refuse_rot_in_parts
 from anycard.progress import Progress, counting
 from anycard.tensors import TensorInfo
 
@@ -37,7 +38,11 @@ def piece_of(info: TensorInfo, name: str) -> Piece:
 
 
 def fingerprint_of(tensors: Mapping[str, TensorInfo], limits: Limits = DEFAULT, *, progress: Progress = None) -> str:
-    """`blake3:` and 64 hex digits of canonical name -> tensor; tied ones are read once."""
+    """`blake3:` and 64 hex digits of canonical name -> tensor; tied ones are read once.
+
+    Raises:
+        FormatError: One is damaged.
+    """
     names = {info.place: (name, info) for name, info in tensors.items()}
     digests: dict[object, str] = {}
 
@@ -50,6 +55,7 @@ def fingerprint_of(tensors: Mapping[str, TensorInfo], limits: Limits = DEFAULT, 
 
     with counting(progress, sum(info.nbytes for _, info in names.values())) as done:
         in_threads(list(names.values()), work, limits.threads)
+    refuse_rot_in_parts(tensors.items(), limits)
     made = {n: lines.tensor_line(n, info.dtype, info.shape, digests[info.place]) for n, info in tensors.items()}
     return lines.fingerprint(made)
 

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from zlib_ng import zlib_ng
-
 from anycard.checkpoint import Checkpoint, open_checkpoint
-from anycard.disk.pieces import FileRange
 from anycard.disk.threads import in_threads
 from anycard.errors import FormatError
-from anycard.formats.assembled import Assembled
 from anycard.formats.dcp_packed import PackedBytes
 from anycard.formats.safetensors import FINGERPRINT
 from anycard.limits import DEFAULT, Limits
 from anycard.operations.fingerprinting import fingerprint_of
+from anycard.operations.sums import crc_of, has_sum, stored
 from anycard.progress import Progress, counting
 from anycard.tensors import Storage
-
-_CHUNK = 1 << 20  # bytes that are summed while they are in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -69,15 +63,15 @@ def verify_checkpoint(ckpt: Checkpoint, limits: Limits = DEFAULT, *, progress: P
     names: dict[int, list[str]] = {}
     storages: dict[int, Storage] = {}
     for name, info in ckpt.tensors.items():
-        for storage in _stored(info.storage):
+        for storage in stored(info.storage):
             storages[id(storage)] = storage
             names.setdefault(id(storage), []).append(name)
     damaged: list[str] = []
     unchecked: list[str] = []
-    summed = [storage for storage in storages.values() if storage.crc is not None and storage.offset is not None]
+    summed = [storage for storage in storages.values() if has_sum(storage)]
     crcs: dict[int, int] = {}
     with counting(progress, sum(storage.nbytes for storage in summed)) as done:
-        in_threads(summed, lambda storage: crcs.update({id(storage): _crc(storage, done)}), limits.threads)
+        in_threads(summed, lambda storage: crcs.update({id(storage): crc_of(storage, done)}), limits.threads)
     for place, storage in storages.items():
         if isinstance(storage.data, PackedBytes):
             damaged += [] if _inflates(storage.data) else names[place]
@@ -89,11 +83,6 @@ def verify_checkpoint(ckpt: Checkpoint, limits: Limits = DEFAULT, *, progress: P
     damaged, unchecked = list(dict.fromkeys(damaged)), list(dict.fromkeys(unchecked))
     checked = len(ckpt.tensors.keys() - {*damaged, *unchecked})
     return Report(ckpt.path, ckpt.format, tuple(damaged), tuple(unchecked), checked)
-
-
-def _stored(storage: Storage) -> Iterable[Storage]:
-    """The storages that lie in files: of a tensor in chunks, those of all chunks."""
-    return storage.source.storages if isinstance(storage.source, Assembled) else (storage,)
 
 
 def _other_records(ckpt: Checkpoint, storages: dict[int, Storage], limits: Limits) -> list[str]:
@@ -117,15 +106,6 @@ def _inflates(packed: PackedBytes) -> bool:
     except FormatError:
         return False
     return True
-
-
-def _crc(storage: Storage, done: Callable[[int], None]) -> int:
-    assert storage.source is not None and storage.offset is not None
-    crc = 0
-    for chunk in FileRange(storage.source, storage.offset, storage.nbytes).chunks(_CHUNK):
-        crc = zlib_ng.crc32(chunk, crc)
-        done(len(chunk))
-    return crc
 
 
 def _by_fingerprint(ckpt: Checkpoint, limits: Limits, progress: Progress) -> Report:
