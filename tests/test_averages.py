@@ -127,3 +127,20 @@ def test_one_average_under_two_names(tmp_path):
     assert set(anycard.read(tmp_path / "shared.pth")) == {"a.weight", "a.bias", "b.weight", "b.bias"}
     loaded = anycard.load(tmp_path / "shared.pth", Shared)
     assert_same_bits(loaded.b.module.weight, source.a.module.weight)
+
+
+@pytest.mark.parametrize("target", ["b.pt", "b.safetensors"])
+@pytest.mark.parametrize("key", [None, "model"])
+@pytest.mark.parametrize("how", ["ours", "theirs", "whole"])
+def test_the_average_counter_within_a_checkpoint_survives_a_conversion(tmp_path, how, key, target):
+    """Whether all goes over or one state dict does, from either writer, or as a module among objects."""
+    source = averaged(filled(Nested()))
+    if how == "ours":
+        anycard.save({"model": source, "epoch": 3}, tmp_path / "a.ckpt")
+    else:
+        held = source if how == "whole" else source.state_dict()
+        torch.save({"model": held, "epoch": 3}, tmp_path / "a.ckpt")
+    anycard.convert(tmp_path / "a.ckpt", tmp_path / target, key=key)
+    other = AveragedModel(filled(Nested(), 5))
+    assert int(anycard.load(tmp_path / target, other).n_averaged) == 7
+    assert_same(weights(other.module), weights(source.module))

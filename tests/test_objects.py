@@ -208,3 +208,28 @@ def test_a_scheduler_that_counts_its_milestones_goes_on(tmp_path, plain, convert
     other, resumed = run()
     anycard.load(path, {"optimizer": other, "scheduler": resumed})
     assert rates(resumed) == rates(scheduler)
+
+
+class Keeping(nn.Module):
+    """Keeps tensors that are not in its state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.register_buffer("mask", torch.ones(3), persistent=False)
+        self.seen = torch.ones(4)
+        self.sizes = {"a": 1}
+
+
+@pytest.mark.parametrize("target", ["b.pt", "b.safetensors"])
+def test_convert_says_which_tensors_of_a_module_it_leaves_out(tmp_path, target):
+    """Of a whole model among objects, and of one that is all of the file, what its state dict lacks is listed."""
+    torch.save({"model": filled(Keeping()), "epoch": 3}, tmp_path / "a.pt")
+    torch.save(filled(Keeping()), tmp_path / "c.pt")
+    for name, above in (("a.pt", "model."), ("c.pt", "")):
+        done = anycard.convert(tmp_path / name, tmp_path / target, key=above.rstrip(".") or None)
+        assert {f"{above}mask", f"{above}seen"} <= set(done.left_behind)
+        assert set(anycard.read(tmp_path / target)) == {"fc.weight", "fc.bias"}
+    if target == "b.pt":
+        done = anycard.convert(tmp_path / "a.pt", tmp_path / target)
+        assert {"model.mask", "model.seen"} <= set(done.left_behind) and "epoch" not in done.left_behind

@@ -82,7 +82,7 @@ class Copier:
         if found is not None and is_flat(value, found):
             return self._with_the_rest(self.state_dict(found), value, found, path)
         if found is not None and found.canonical is not None:
-            self.gone += [name for name in self._ckpt.objects if name.startswith(join(path, ""))]
+            self.gone += self._beside(found)
             return self.state_dict(found)
         if isinstance(value, TensorInfo):
             return self._tensor(value, path)
@@ -101,6 +101,13 @@ class Copier:
             return made
         self.gone.append(path)
         return _GONE
+
+    def _beside(self, found: StateDict) -> list[str]:
+        """What a whole model holds that is not in its state dict, tensors too."""
+        above = join(found.key, "") if found.key else ""
+        inside = {above + name for name in found.tensors}
+        held = [name for name in self._ckpt.tensors if name not in inside] + list(self._ckpt.objects)
+        return [name for name in held if name.startswith(above)]
 
     def _with_the_rest(
         self, tree: OrderedDict[str, Any], value: Mapping[Any, Any], found: StateDict, path: str

@@ -19,6 +19,7 @@ from anycard.formats.safetensors_writer import write_safetensors
 from anycard.formats.torch_zip_writer import write_torch_zip
 from anycard.limits import DEFAULT
 from anycard.names.choosing import canonical_names, wrapper_state
+from anycard.names.paths import join
 from anycard.names.stored import StateDict
 from anycard.operations.contents import Copier, is_flat
 from anycard.operations.proving import Proof
@@ -96,7 +97,7 @@ def _to_zip(ckpt: Checkpoint, key: str | None, dst: str, progress: Progress) -> 
     found = ckpt.chosen(key) if key is not None or [d.key for d in dicts] == [""] else None
     whole = found is None or (key is None and is_flat(ckpt.tree, found))
     tree = copier.everything() if found is None or whole else copier.state_dict(found)
-    mark = {"anycard": 1} if found is None else _mark(ckpt, found)
+    mark = _with_wrappers({"anycard": 1}, ckpt, None) if found is None else _mark(ckpt, found)
     mark.pop("metadata", None)  # a torch zip has a place of its own for it
     with counting(progress, sum(piece.nbytes for piece in copier.pieces)) as done, replace_file(dst) as file:
         write_torch_zip(file, dump(tree), [counted(piece, done) for piece in copier.pieces], mark, DEFAULT)
@@ -132,15 +133,24 @@ def _beside(ckpt: Checkpoint, found: StateDict) -> tuple[str, ...]:
 def _mark(ckpt: Checkpoint, found: StateDict) -> dict[str, Any]:
     """anycard's own record for a state dict that goes over: versions, and what belongs to wrappers."""
     names, _ = canonical_names(found, marked=ckpt.marked)
-    mark: dict[str, Any] = {k: v for k, v in ckpt.mark.items() if k not in ("whole", "metadata")}
+    mark: dict[str, Any] = {k: v for k, v in ckpt.mark.items() if k not in ("whole", "metadata", "wrappers")}
     mark["anycard"] = 1
     held = canonical_metadata(Match(found, "", {name: stored for stored, name in names.items()}, ()), ckpt.mark)
     if held or "metadata" in ckpt.mark:
         mark["metadata"] = {path: kept for path, kept in held.items() if kept != {"version": 1}}
-    for name, stored in wrapper_state(found).items():
-        value = int.from_bytes(tensor_bytes(found.tensors[stored]), "little")
-        mark.setdefault("wrappers", {})[name] = value
-    return mark
+    return _with_wrappers(mark, ckpt, found)
+
+
+def _with_wrappers(mark: dict[str, Any], ckpt: Checkpoint, found: StateDict | None) -> dict[str, Any]:
+    """The record, with what belongs to wrappers: of all of the file, or of one state dict that becomes its top."""
+    told = ckpt.mark.get("wrappers")
+    held = dict(told) if isinstance(told, Mapping) else {}
+    for each in [] if ckpt.marked else ckpt.state_dicts if found is None else [found]:
+        for name, stored in wrapper_state(each).items():
+            held[join(each.key, name)] = int.from_bytes(tensor_bytes(each.tensors[stored]), "little")
+    above = join(found.key, "") if found is not None and found.key else ""
+    mine = {path.removeprefix(above): value for path, value in held.items() if path.startswith(above)}
+    return {**mark, "wrappers": mine} if mine else mark
 
 
 _Rows = list[tuple[str, str, tuple[int, ...], Piece]]
