@@ -194,6 +194,26 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     assert (out.stdout, out.stderr, out.returncode) == (b"w0\n", b"", 0)
 
 
+def test_a_closed_pipe_does_not_change_the_verdict(folder: Path) -> None:
+    """Who reads nothing still gets the exit status, from every verb that gives one, and from what fails."""
+    data = bytearray((folder / "a.pth").read_bytes())
+    with anycard.open(folder / "a.pth") as ckpt:
+        data[ckpt.tensors["0.weight"].offset or 0] ^= 1
+    (folder / "bad.pth").write_bytes(data)
+    (folder / "evil.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    (folder / "mine.py").write_text("import torch\ndef build(): return torch.nn.Linear(2, 2)\n")
+    verbs = {
+        "scan evil.pt": 1, "scan a.pth": 0, "diff a.pth bad.pth": 2, "diff a.pth train.ckpt": 1,
+        "verify bad.pth": 1, "verify bad.pth --json": 1, "check a.pth mine:build": 1, "show absent.pth": 2,
+        "show a.pth": 0, "nonsense": 2, "--help": 0,
+    }  # fmt: skip
+    for verb, status in verbs.items():
+        for pipe in ("|", "2>&1 |")[-1 if status != 1 else 0 :]:
+            out = shell(f"cd {folder}; anycard {verb} {pipe} (exec <&-; sleep 0.01); exit ${{PIPESTATUS[0]}}")
+            assert out.returncode == status, (verb, pipe)
+            assert b"Traceback" not in out.stderr and b"Broken" not in out.stderr
+
+
 def test_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
     """A named pipe without a writer would block for ever: it is said that a file is needed."""
     os.mkfifo(tmp_path / "pipe.pth")

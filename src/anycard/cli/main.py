@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import sys
 from typing import Any
 
 import click
 
+from anycard.cli.streams import prepare_streams
 from anycard.errors import CheckpointError
 from anycard.version import __version__
 
@@ -19,13 +19,6 @@ VERBS = ("show", "check", "convert", "diff", "fingerprint", "verify", "scan", "m
 class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:  # `| head`: who reads has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(0)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
@@ -42,9 +35,7 @@ def cli() -> None:
 
 def run() -> None:
     """The console script: exit 0 fine, 1 the answer is no, 2 cannot be read or bad usage."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    prepare_streams()
     try:
         cli()
     except ModuleNotFoundError as error:
