@@ -214,6 +214,13 @@ def test_a_closed_pipe_does_not_change_the_verdict(folder: Path) -> None:
             assert b"Traceback" not in out.stderr and b"Broken" not in out.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_below_the_output_is_told(folder: Path) -> None:
+    """One line, and exit 2: what was to be read is not there."""
+    out = shell(f"cd {folder}; anycard scan a.pth > /dev/full")
+    assert (out.returncode, out.stderr.count(b"\n")) == (2, 1) and b"No space left" in out.stderr
+
+
 def test_a_pipe_is_refused_not_waited_for(tmp_path: Path) -> None:
     """A named pipe without a writer would block for ever: it is said that a file is needed."""
     os.mkfifo(tmp_path / "pipe.pth")

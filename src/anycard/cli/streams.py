@@ -8,13 +8,22 @@ from typing import Any
 
 
 class _Quiet(io.FileIO):
-    """A pipe whose reader may have seen enough (`| head -1`): the verb goes on, since its exit status is the answer."""
+    """A pipe whose reader may have seen enough (`| head -1`): the verb goes on, since its exit status is the answer.
+
+    Any other error, such as a full disk, is raised once: what the buffers still hold comes again at the very end.
+    """
+
+    _gone = False
 
     def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            return memoryview(data).nbytes
+        if not self._gone:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self._gone = True
+                if not isinstance(error, BrokenPipeError):
+                    raise
+        return memoryview(data).nbytes
 
 
 def prepare_streams() -> None:
