@@ -12,7 +12,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from anycard.errors import CheckpointError
 from anycard.tensors import DTYPES
@@ -84,10 +84,17 @@ class TensorRef:
 
 
 class TorchPickler(_Pickler):
-    """Writes plain data, the references above, and whatever pickle itself can; text and bytes by value."""
+    """Writes plain data, the references above, and whatever pickle itself can; text and bytes by value.
+
+    Attributes:
+        identities: Classes whose objects equal only themselves, although they have a hash of their own.
+    """
+
+    identities: ClassVar[tuple[type, ...]] = ()
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, PROTOCOL)
+        self._sorted: frozenset[int] = frozenset()  # elements that are being sorted; one may hold its set
         self._by_value: dict[Any, Any] = {}
         self._texts: dict[str, str] = {}
         self._gets: dict[Any, bytes] = {(): pickle.EMPTY_TUPLE}
@@ -146,19 +153,27 @@ class TorchPickler(_Pickler):
         return sorted(items, key=self._order)
 
     def _order(self, item: Any) -> tuple[str, Any]:
-        kind = type(item)
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        if kind in (bool, int, str, bytes):
+        name = _path_of(type(item))
+        if type(item) in (bool, int, str, bytes):
             return name, item
-        key = _value_key(item)
-        if key is not None or item is None or kind in (float, complex):
-            return name, repr(item)
-        if kind is frozenset:
-            return name, repr(self.in_order(item))
+        return name, b"" if id(item) in self._sorted else _SortKey(self, item).made()
+
+    def identity(self, item: Any) -> str | None:
+        """Of what equals only itself, its name or where it was met before; None for a value."""
         if isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType)):
-            return name, f"{item.__module__}.{item.__qualname__}"
-        known = self.memo.get(id(self._canonical(item)))
-        return name + " object", known[0] if known is not None else len(self.memo)
+            return f"{item.__module__}.{item.__qualname__}"
+        bare = isinstance(item, self.identities)
+        hashed: Any = type(item).__hash__
+        if not bare and (item is None or hashed is not object.__hash__):
+            return None
+        known = self.memo.get(id(self.stands_for(item)))
+        told = "" if bare or known is not None else item.__reduce_ex__(PROTOCOL)  # a dtype's is its name
+        place = told if isinstance(told, str) else ""
+        return f"{_path_of(type(item))} {place if known is None else format(known[0], '012')}"
+
+    def stands_for(self, obj: Any) -> Any:
+        """What is written in an object's place."""
+        return obj
 
     def _tensor(self, ref: TensorRef) -> None:
         if ref.parameter:
@@ -233,6 +248,32 @@ class TorchPickler(_Pickler):
             return
         self.save(obj)
         self._gets[obj] = self.get(self.memo[id(self._canonical(obj))][0])
+
+
+class _SortKey(TorchPickler):
+    """The pickle of a set's element, to sort it by: a value by what it holds, all else by its name or place."""
+
+    def __init__(self, outer: TorchPickler, item: Any) -> None:
+        self._file = io.BytesIO()
+        super().__init__(self._file)
+        self._sorted = outer._sorted | {id(item)}
+        self._outer = outer
+        self._item = item
+
+    def made(self) -> bytes:
+        self.dump(self._item)
+        return self._file.getvalue()
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        text = self.identity(obj)
+        super().save(obj if text is None else text, save_persistent_id)
+
+    def identity(self, item: Any) -> str | None:
+        return self._outer.identity(item)
+
+
+def _path_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 _REBUILD = GlobalRef("torch._utils", "_rebuild_tensor_v2")

@@ -40,12 +40,19 @@ class Storages:
         refuse_kinds(tensor, name)
         parameter = isinstance(tensor, nn.Parameter)
         where = identity(tensor)
-        place = (*where, parameter, tensor.requires_grad)
+        place = _place_of(tensor)
         if place not in self._known:
             grad = bool(tensor.requires_grad and (parameter or self.learned))
             self._known[place] = self._made(tensor, where, parameter, grad)
             self._alive.append(tensor)
         return self._known[place]
+
+    def known(self, tensor: torch.Tensor) -> TensorRef | None:
+        """The reference that was made for a tensor, if one was."""
+        try:
+            return self._known.get(_place_of(tensor))
+        except (RuntimeError, NotImplementedError):  # of a kind that is not written
+            return None
 
     def _made(self, tensor: torch.Tensor, where: tuple[Any, ...], parameter: bool, grad: bool) -> TensorRef:
         bare = (*where, None, None)
@@ -174,6 +181,11 @@ def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
         place, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype,
         tensor.device, tensor.is_conj(), tensor.is_neg(),
     )  # fmt: skip
+
+
+def _place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that one reference is written for."""
+    return (*identity(tensor), isinstance(tensor, nn.Parameter), tensor.requires_grad)
 
 
 def _keeps_strides(tensor: torch.Tensor) -> bool:

@@ -23,6 +23,8 @@ _OF_BUFFERS = {"persistent", "_is_buffer"}  # what nn.Buffer puts there; the mod
 class _ModelPickler(TorchPickler):
     """Wrappers give their inner module; tensors go to the archive's storages."""
 
+    identities = (torch.Tensor, nn.Module)
+
     def __init__(self, file: io.BytesIO, storages: Storages) -> None:
         super().__init__(file)
         self.storages = storages
@@ -36,11 +38,15 @@ class _ModelPickler(TorchPickler):
             self.lost += vars(obj).keys() - _OF_BUFFERS if hasattr(obj, "__dict__") else ()
             self.lost += () if type(obj) in PLAIN else (f"the class {type(obj).__name__}",)
             obj = self.storages.ref(obj, type(obj).__name__)
-        elif isinstance(obj, nn.Module):
-            obj = unwrapped(obj)
         elif isinstance(obj, torch.device) and obj.type != "cpu":
             self.devices.append(str(obj))
-        super().save(obj, save_persistent_id)
+        super().save(self.stands_for(obj), save_persistent_id)
+
+    def stands_for(self, obj: Any) -> Any:
+        """A module for what wraps it; a known tensor's reference."""
+        if isinstance(obj, torch.Tensor):
+            return self.storages.known(obj) or obj
+        return unwrapped(obj) if isinstance(obj, nn.Module) else obj
 
 
 def pickle_whole(model: nn.Module) -> tuple[bytes, list[Piece], dict[str, Any]]:
