@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections import OrderedDict
+import enum
+from collections import OrderedDict, namedtuple
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -220,3 +222,91 @@ def test_a_rename_gets_canonical_names(tmp_path):
     anycard.load(tmp_path / "a.pth", model, rename=lambda name: {"0": "1", "1": "0"}[name[0]] + name[1:])
     assert_same_bits(model[0].weight, source[1].weight)
     assert_same_bits(model[1].bias, source[0].bias)
+
+
+class Part(enum.Enum):
+    """Keys of someone's own."""
+
+    ENCODER = "encoder"
+    DECODER = 2
+
+
+class Name(str):
+    """Text of a class of one's own."""
+
+
+class Own(OrderedDict):  # type: ignore[type-arg]
+    """A dict of a class of one's own."""
+
+
+class Easy(dict):  # type: ignore[type-arg]
+    """A dict whose entries are attributes as well."""
+
+    def __init__(self, held: dict[str, Any]) -> None:
+        super().__init__(held)
+        self.__dict__.update(held)
+
+
+class Thing:
+    """A key that is told by identity."""
+
+
+Pair = namedtuple("Pair", "a b")
+
+
+def held_by(value: Any) -> list[torch.Tensor]:
+    value = value.state if isinstance(value, torch.optim.Optimizer) else value
+    return [tensor for held in value.values() for tensor in held_by(held)] if isinstance(value, dict) else [value]
+
+
+def stepped() -> torch.optim.Optimizer:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+ODD = {
+    "an optimizer": stepped,
+    "an Enum": lambda: {Part.ENCODER: torch.ones(1), Part.DECODER: torch.zeros(1)},
+    "devices": lambda: {torch.device("cuda", 0): torch.ones(1), torch.device("cuda", 1): torch.zeros(1)},
+    "tuples": lambda: {Pair(1, 2): torch.ones(1), Pair(1, 3): torch.zeros(1), (1, "x"): torch.ones(2)},
+    "numpy's text": lambda: {np.str_("one"): torch.ones(1), np.str_("two"): torch.zeros(1)},
+    "a number and its text": lambda: {1: torch.ones(1), "1": torch.zeros(1)},
+    "objects": lambda: {object.__new__(Thing): torch.full((1,), float(i)) for i in range(3)},
+    "dotted names": lambda: {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_odd_keys_beside_the_weights_do_not_block_them(tmp_path, kind, protocol):
+    """Whatever keys a dict beside the state dict has, the model loads, and every tensor has a path of its own."""
+    model = filled(Small(), 1)
+    odd = ODD[kind]()
+    torch.save({"model": model.state_dict(), "odd": odd, "epoch": 3}, tmp_path / "a.pt", pickle_protocol=protocol)
+    assert_same(weights(anycard.load(tmp_path / "a.pt", Small)), weights(model))
+    assert_same(anycard.read(tmp_path / "a.pt", key="model"), weights(model))
+    with anycard.open(tmp_path / "a.pt") as ckpt:
+        beside = [ckpt.torch(name) for name in ckpt.tensors if name.startswith("odd.")]
+    assert all(any(torch.equal(tensor, other) for other in beside) for tensor in held_by(odd))
+    assert len(beside) >= len(held_by(odd))
+
+
+@pytest.mark.parametrize("kind", [Name, np.str_])
+def test_names_of_a_text_class(tmp_path, kind):
+    """A state dict whose names are of a subclass of str reads and loads by their text."""
+    model = filled(Small(), 1)
+    torch.save({kind(name): value for name, value in model.state_dict().items()}, tmp_path / "a.pt")
+    assert_same(anycard.read(tmp_path / "a.pt"), weights(model))
+    assert_same(weights(anycard.load(tmp_path / "a.pt", Small)), weights(model))
+
+
+def test_two_weights_of_one_name_are_refused_when_they_are_asked_for(tmp_path):
+    """`a.b` beside `a: {b}` in the state dict itself: its names do not tell which is meant; listing goes on."""
+    torch.save({"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}}, tmp_path / "a.pt")
+    with anycard.open(tmp_path / "a.pt") as ckpt:
+        assert list(ckpt.tensors) == ["a.b", "a.b#2"]
+    with pytest.raises(anycard.FormatError, match=r"one name, 'a\.b'"):
+        anycard.read(tmp_path / "a.pt")

@@ -18,7 +18,16 @@ def pick(candidates: Sequence[StateDict], key: str | None, path: str) -> StateDi
 
     Raises:
         ChoiceError: None fits the key, or several are there and no key was given.
+        FormatError: Two of its tensors have one name.
     """
+    found = _pick(candidates, key, path)
+    if found.clash:
+        reason = f"two tensors have one name, {found.clash!r}: names with dots beside dicts in dicts"
+        raise FormatError(reason, path=path, name=found.clash)
+    return found
+
+
+def _pick(candidates: Sequence[StateDict], key: str | None, path: str) -> StateDict:
     if not candidates:
         raise ChoiceError(f"{path} holds no tensors", path=path)
     if key is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT, Limits
+from anycard.names.mappings import Apart, entries, items, mapping_of, named
 from anycard.names.paths import join
 from anycard.names.pickled_modules import COMMON, is_module, module_state, wrapped_module
+from anycard.pickles.brief import key_text
 from anycard.pickles.composite import Composite
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
@@ -25,18 +27,21 @@ class Contents:
         tensors: Full path -> tensor.
         objects: Full path -> anything else: leaves of plain data, numpy arrays, inert stubs.
         above: Full path of a stub -> `id` of everything that holds it, so that links back are told.
+        clashes: Paths that several tensors would have (names with dots beside dicts in dicts), and how many: all
+            but the first have a number added.
     """
 
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     objects: dict[str, object] = field(default_factory=dict)
     above: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    clashes: dict[str, int] = field(default_factory=dict)
 
 
 def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
     """Every tensor and every other part of a file's object, by full path.
 
     Raises:
-        FormatError: More parts, deeper nesting or more sharing than `limits` allow, or two tensors of one path.
+        FormatError: More parts, deeper nesting or more sharing than `limits` allow.
     """
     found = Contents()
     stack: list[tuple[str, object, tuple[int, ...], bool]] = [("", tree, (), False)]
@@ -65,7 +70,7 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
             for name, value in _settings(obj):
                 found.objects[join(path, name)] = value
                 found.above[join(path, name)] = inside
-        arrays = holds_weights(obj)
+        arrays = holds_weights(mapping_of(obj))
         if {type(child) for _, child in children} == {TensorInfo} and (arrays or not isinstance(obj, Mapping)):
             count.one(repeated, len(children))
             held: dict[str, TensorInfo] = {join(path, n) if path else n: child for n, child in children}  # type: ignore[misc]
@@ -96,7 +101,11 @@ def _settings(module: Inert) -> Iterator[tuple[str, object]]:
 
 def _keep(found: Contents, path: str, info: TensorInfo) -> None:
     if found.tensors.setdefault(path, info) is not info and found.tensors[path].place != info.place:
-        raise FormatError(f"two tensors have one path, {path!r}: names with dots beside dicts in dicts", name=path)
+        count = found.clashes.get(path, 1) + 1
+        while f"{path}#{count}" in found.tensors:
+            count += 1
+        found.clashes[path] = count
+        found.tensors[f"{path}#{count}"] = info
 
 
 class _Count:
@@ -138,22 +147,29 @@ def holds_weights(obj: object) -> bool:
         return False
     if set(map(type, obj.values())) <= {TensorInfo}:
         return True
-    return all(type(value) is TensorInfo or str(name).endswith("_extra_state") for name, value in obj.items())
-
-
-def items(mapping: object) -> Iterator[tuple[str, object]]:
-    """The items of a mapping, names as text; nothing for anything else."""
-    if isinstance(mapping, Mapping):
-        for name, value in mapping.items():
-            yield str(name), value
+    return all(type(value) is TensorInfo or key_text(name).endswith("_extra_state") for name, value in obj.items())
 
 
 def _children(obj: object) -> list[tuple[str, object]]:
     if isinstance(obj, Mapping):
-        return list(obj.items()) if set(map(type, obj)) <= {str} else [(str(name), held) for name, held in obj.items()]
+        return entries(obj)
     if isinstance(obj, (list, tuple)):
-        return [(str(index), value) for index, value in enumerate(obj)]
-    return list(_inert_children(obj)) if isinstance(obj, Inert) else []
+        return _numbered(obj)
+    return _apart(_inert_children(obj)) if isinstance(obj, Inert) else []
+
+
+def _numbered(held: Iterable[object]) -> list[tuple[str, object]]:
+    return [(str(index), value) for index, value in enumerate(held)]
+
+
+def _apart(children: Iterable[tuple[str, object]]) -> list[tuple[str, object]]:
+    """What an object holds twice by one name (an attribute that is a key as well) once, all else by its own."""
+    held: dict[str, object] = {}
+    apart = Apart()
+    for name, value in children:
+        if name not in held or held[name] is not value:
+            held[apart.name(name)] = value
+    return list(held.items())
 
 
 def _inert_children(obj: Inert) -> Iterator[tuple[str, object]]:
@@ -172,9 +188,8 @@ def _inert_children(obj: Inert) -> Iterator[tuple[str, object]]:
         yield "_orig_mod", inner
         return
     inside: object = obj.state if obj.attributes is None else obj.attributes
-    if isinstance(inside, Mapping):
-        yield from items(inside)
-    elif isinstance(inside, (list, tuple)):
-        yield from ((str(index), value) for index, value in enumerate(inside))
-    yield from ((str(index), value) for index, value in enumerate((*obj.args, *obj.items)))
-    yield from ((str(key), value) for key, value in obj.pairs)
+    if isinstance(inside, (list, tuple)):
+        yield from _numbered(inside)
+    yield from items(inside)
+    yield from _numbered((*obj.args, *obj.items))
+    yield from named(obj.pairs)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from anycard.names.contents import contents, holds_weights, items
+from anycard.names.contents import contents, holds_weights
+from anycard.names.mappings import entries, items, mapping_of
 from anycard.names.paths import join
 from anycard.names.pickled_modules import is_module, module_state, own_tensors, walk_modules, wrapped_module
 from anycard.pickles.stubs import Inert
@@ -60,6 +61,7 @@ class StateDict:
         own: Stored names that belong to a whole model's wrappers (`n_averaged`), not to the model.
         shadow: Path of a `state_dict` attribute that hides a whole model's method.
         told: Gives `metadata`; called when that is asked for, which hardly anyone does.
+        clash: A name that two of the tensors would have, or "".
     """
 
     key: str
@@ -70,6 +72,7 @@ class StateDict:
     own: frozenset[str] = frozenset()
     shadow: str | None = None
     told: Callable[[], Metadata] = dict
+    clash: str = ""
 
     @cached_property
     def metadata(self) -> Metadata:
@@ -110,22 +113,21 @@ def _descend(obj: object, key: str, found: Found, depth: int, known: bool) -> No
         for index, value in enumerate(obj):
             if isinstance(value, (Mapping, Inert)):
                 _descend(value, join(key, str(index)), found, depth + 1, known=False)
-    elif isinstance(obj, Mapping):
-        _descend_mapping(obj, key, found, depth, known)
+    elif (held := mapping_of(obj)) is not None:
+        _descend_mapping(obj, held, key, found, depth, known)
 
 
-def _descend_mapping(obj: Mapping[Any, Any], key: str, found: Found, depth: int, known: bool) -> None:
-    weights = holds_weights(obj)
-    if weights and set(map(type, obj.values())) == {TensorInfo}:
-        tensors = dict(obj) if set(map(type, obj)) == {str} else {str(name): value for name, value in obj.items()}
-        flat = StateDict(key, tensors, told=partial(_metadata, obj))
-        found.dicts.append(flat if len(tensors) == len(obj) else _from_mapping(obj, key))
+def _descend_mapping(obj: object, mapping: Mapping[Any, Any], key: str, found: Found, depth: int, known: bool) -> None:
+    weights = holds_weights(mapping)
+    held: dict[str, Any] = dict(entries(mapping))
+    if weights and set(map(type, held.values())) == {TensorInfo}:
+        found.dicts.append(StateDict(key, held, told=partial(_metadata, obj)))
         return
-    direct = sum(isinstance(value, TensorInfo) and (weights or not value.is_array) for value in obj.values())
-    inner = {str(name): value for name, value in obj.items() if _may_hold(str(name), value) and contents(value).tensors}
+    direct = sum(isinstance(value, TensorInfo) and (weights or not value.is_array) for value in held.values())
+    inner = {name: value for name, value in held.items() if _may_hold(name, value) and contents(value).tensors}
     if not direct and not inner:
         return
-    if depth < _DEEPEST and _is_training_level(obj, direct, inner, known):
+    if depth < _DEEPEST and _is_training_level(held, direct, inner, known):
         for name, value in inner.items():
             _descend(value, join(key, name), found, depth + 1, known=name in _HOLDERS)
         found.unions.append(_from_mapping(inner, key))
@@ -133,29 +135,29 @@ def _descend_mapping(obj: Mapping[Any, Any], key: str, found: Found, depth: int,
         found.dicts.append(_from_mapping(obj, key))
 
 
-def _is_training_level(obj: Mapping[Any, Any], direct: int, inner: dict[str, object], known: bool) -> bool:
+def _is_training_level(held: dict[str, Any], direct: int, inner: dict[str, object], known: bool) -> bool:
     """The mapping holds state dicts, rather than being one."""
     if not inner:
         return False
     if any(name in _HOLDERS or module_state(value) is not None for name, value in inner.items()):
-        return not any("." in str(n) for n, v in obj.items() if isinstance(v, TensorInfo))
+        return not any("." in name for name, value in held.items() if isinstance(value, TensorInfo))
     if direct:
         return False
-    beside = [name for name, value in obj.items() if str(name) not in inner and not isinstance(value, TensorInfo)]
+    beside = [name for name, value in held.items() if name not in inner and not isinstance(value, TensorInfo)]
     return bool(beside) or not known or not _nested_only(inner)
 
 
 def _nested_only(inner: dict[str, object]) -> bool:
     """One nested dict of dicts, as Megatron splits a state dict; not several state dicts."""
     return len(inner) == 1 and not any(
-        isinstance(value, TensorInfo) for held in inner.values() if isinstance(held, Mapping) for value in held.values()
+        isinstance(value, TensorInfo) for held in inner.values() for value in (mapping_of(held) or {}).values()
     )
 
 
 def _may_hold(name: str, value: object) -> bool:
     if not isinstance(value, (Mapping, Inert, list, tuple)) or name.endswith("_extra_state"):
         return False
-    if isinstance(value, Mapping) and {"state", "param_groups"} <= set(map(str, value)):
+    if {"state", "param_groups"} <= (mapping_of(value) or {}).keys():
         return False
     if isinstance(value, (list, tuple)) and not any(isinstance(v, (Mapping, Inert)) for v in value):
         return False
@@ -164,18 +166,19 @@ def _may_hold(name: str, value: object) -> bool:
 
 
 def _from_mapping(obj: object, key: str) -> StateDict:
-    extras = {n: v for n, v in items(obj) if n.endswith("_extra_state") and not isinstance(v, TensorInfo)}
-    tensors = contents(obj).tensors
+    extras = {n: v for n, v in items(mapping_of(obj)) if n.endswith("_extra_state") and not isinstance(v, TensorInfo)}
+    walked = contents(obj)
+    tensors = walked.tensors
     for name in extras:
         tensors = {n: t for n, t in tensors.items() if not n.startswith(name + ".")}
-    return StateDict(key, tensors, extras=extras, told=partial(_metadata, obj))
+    clash = next(iter(walked.clashes), "")
+    return StateDict(key, tensors, extras=extras, told=partial(_metadata, obj), clash=clash)
 
 
 def _metadata(obj: object) -> Metadata:
-    held = getattr(obj, "__dict__", {}).get("_metadata") if isinstance(obj, dict) else None
-    if not isinstance(held, Mapping):
-        return {}
-    return {str(path): _plain_keys(value) for path, value in held.items() if isinstance(value, Mapping)}
+    attributes = obj.attributes if isinstance(obj, Inert) else getattr(obj, "__dict__", None)
+    held = attributes.get("_metadata") if isinstance(attributes, Mapping) else None
+    return {path: _plain_keys(value) for path, value in items(held) if isinstance(value, Mapping)}
 
 
 def _plain_keys(held: Mapping[Any, Any]) -> dict[str, Any]:
@@ -183,11 +186,11 @@ def _plain_keys(held: Mapping[Any, Any]) -> dict[str, Any]:
     if type(held) is dict and len(held) == 1 and type(held.get("version")) is int:
         return held  # as nearly all modules have it
     kept: dict[str, Any] = {}
-    for name, value in held.items():
+    for name, value in items(held):
         if isinstance(value, Mapping):
-            kept[str(name)] = {str(k): v for k, v in value.items() if isinstance(v, (str, int, float, bool))}
+            kept[name] = {k: v for k, v in items(value) if isinstance(v, (str, int, float, bool))}
         elif isinstance(value, (str, int, float, bool)):
-            kept[str(name)] = value
+            kept[name] = value
     return kept
 
 

@@ -100,7 +100,10 @@ def from_buffer(budget: Budget, data: Any, dtype: Any, shape: Any, order: Any = 
 
 
 def scalar(budget: Budget, dtype: Any, data: Any = b"") -> Any:
-    """numpy.core.multiarray.scalar: a plain number."""
+    """numpy.core.multiarray.scalar: a plain number or text."""
+    text = _text(budget, dtype, data)
+    if text is not None:
+        return text
     info = _array(budget, (), dtype, "C", data)
     if info is None or info.storage.data is None:
         return NotImplemented
@@ -110,6 +113,15 @@ def scalar(budget: Budget, dtype: Any, data: Any = b"") -> Any:
     order = ">" if info.storage.big_endian else "<"
     held = info.storage.data[0 : info.nbytes]
     return np.frombuffer(held, dtype=code if code[1:] == "1" else order + code)[0].item()
+
+
+def _text(budget: Budget, dtype: Any, data: Any) -> str | None:
+    """What a `numpy.str_` is; None for anything else."""
+    code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
+    if not isinstance(code, str) or not re.fullmatch(r"U[0-9]{1,9}", code) or not isinstance(data, bytes):
+        return None
+    budget.spend(len(data))
+    return data.decode("utf-32-be" if _order(dtype) == ">" else "utf-32-le", "surrogatepass").rstrip("\0")
 
 
 def _array(budget: Budget, shape: Any, dtype: Any, order: Any, data: Any, axes: Any = None) -> TensorInfo | None:
@@ -167,6 +179,9 @@ def _element(dtype: Any) -> tuple[str, bool] | None:
         return None
     code = dtype.args[0] if dtype.args else None
     row = BY_NUMPY.get(code) if isinstance(code, str) else None
+    return None if row is None else (row.name, _order(dtype) == ">")
+
+
+def _order(dtype: Inert) -> Any:
     state = dtype.state
-    order = state[1] if isinstance(state, tuple) and len(state) > 1 else "<"
-    return None if row is None else (row.name, order == ">")
+    return state[1] if isinstance(state, tuple) and len(state) > 1 else "<"

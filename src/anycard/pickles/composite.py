@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from anycard.pickles.brief import key_text
 from anycard.pickles.budget import Budget
 from anycard.pickles.stubs import Inert
 from anycard.pickles.views import INTEGERS, StoredStorage, ints, view
@@ -76,7 +77,7 @@ def _subclass(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None
     # A dict of attributes, or beside them the slots' own, or what a `__getstate__` made.
     for index, held in enumerate(state if type(state) is tuple else (state,)):
         budget.spend(len(held) if isinstance(held, dict) else 1)
-        parts.update({str(n): v for n, v in held.items()} if isinstance(held, dict) else {str(index): held})
+        parts.update({key_text(n): v for n, v in held.items()} if isinstance(held, dict) else {str(index): held})
     parts = {name: value for name, value in parts.items() if value is not None}
     return parts if any(isinstance(value, (TensorInfo, Composite)) for value in parts.values()) else None
 
