@@ -380,3 +380,9 @@ def long_tuple_as_sizes_over_and_over() -> bytes:
     long = b"(" + b"K\x00" * 300_000 + b"tq\x200"
     good = b"".join(_row(number, 30_000 + 8 * number) for number in range(3_000))
     return torch_zip(_FIRST_ROW + text("long") + long[:-1] + good + b"".join(rows) + b"u.")
+
+
+@refused
+def size_as_a_key() -> bytes:
+    """A torch.Size is a tuple: hashing it visits all that it holds."""
+    return torch_zip(b"\x80\x02}ctorch\nSize\n" + DAG + b"\x85RNs.")

@@ -44,7 +44,7 @@ class Budget:
         kind = type(key)
         if kind in _SIMPLE or (kind is int and -_PRIME < key < _PRIME):
             return
-        if kind is tuple or kind is frozenset:
+        if isinstance(key, (tuple, frozenset)):  # of a torch.Size as well: its hash is a tuple's
             self.spend(_parts(key))
         elif kind is not int and kind is not complex:
             hash(key)  # by identity, or a TypeError

@@ -213,7 +213,10 @@ def _defaultdict(budget: Budget, factory: Any = None, *args: Any) -> Defaulting:
 
 
 def _size(budget: Budget, *args: Any) -> Size:
-    return Size(_held(budget, args, "torch.Size"))
+    held = _held(budget, args, "torch.Size")
+    if any(type(size) is not int for size in held):
+        raise FormatError("a torch.Size is made of what are no integers")
+    return Size(held)
 
 
 def _bytes(budget: Budget, *args: Any) -> bytes:
