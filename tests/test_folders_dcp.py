@@ -369,3 +369,20 @@ def test_boxes_that_take_long_to_compare() -> None:
     mesh = Prover()
     for _ in range(30):  # however many tensors lie on a mesh of 16 x 16
         mesh.prove("t", (16, 16), [((a, b), (1, 1)) for a in range(16) for b in range(16)])
+
+
+def test_an_entry_of_another_kind_is_named_in_few_words(tmp_path: Path) -> None:
+    """Where a tensor should be lies a list that holds itself ten times over, many times: the message stays short."""
+    folder = saved(tmp_path / "dcp", {"w": torch.ones(4)})
+    held: Any = ["x"]
+    for _ in range(12):
+        held = [held] * 10
+    torch.save(held, next(folder.glob("*.distcp")))
+    size = next(folder.glob("*.distcp")).stat().st_size
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for entry in metadata.storage_data.values():
+        entry.offset, entry.length = 0, size
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(anycard.FormatError, match=r"not float32, \[4\]") as caught:
+        anycard.open(folder)
+    assert len(str(caught.value)) < 1_000

@@ -178,6 +178,29 @@ def test_files_that_do_not_go_together(tmp_path: Path, lie: str, stage: int) -> 
         anycard.load(folder, model, member=MASTERS)
 
 
+def test_counts_that_hold_themselves_many_times(tmp_path: Path) -> None:
+    """Refused at once and in few words."""
+    bomb: Any = ["x"]
+    for _ in range(12):
+        bomb = [bomb] * 10
+    folder = zero_folder(
+        tmp_path / "run", change=lambda held: held.get("optimizer_state_dict", {}).update(partition_count=bomb)
+    )
+    with pytest.raises(anycard.FormatError, match="some are missing") as caught:
+        anycard.read(folder, member=MASTERS)
+    assert len(str(caught.value)) < 1_000
+
+
+def test_ties_that_are_no_names(tmp_path: Path) -> None:
+    """Lists, and tuples of tuples that take forever to hash: passed over."""
+    bomb: Any = ("x",)
+    for _ in range(60):
+        bomb = (bomb, bomb)
+    ties = {"head.weight": "embed.weight", "v": bomb, "w": [1]}
+    folder = zero_folder(tmp_path / "run", change=lambda held: held.update(shared_params=ties))
+    assert torch.equal(anycard.read(folder, member=MASTERS)["head.weight"], WANT["head.weight"])
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_ranks_that_are_missing(tmp_path: Path, stage: int) -> None:
     """Named, whether the gap shows or only the count tells it."""

@@ -124,3 +124,33 @@ def views_of_a_deflated_storage() -> bytes:
     numel = 1 << 23
     one = (text(f"t{i}") + tensor(ints(9), ints(1), num(numel - 9 - i), pid(numel=num(numel))) for i in range(200))
     return torch_zip(b"}(" + b"".join(one) + b"u.", bytes(4 * numel), zipfile.ZIP_DEFLATED)
+
+
+@read
+def tensors_below_a_long_key() -> bytes:
+    held = b"}(" + b"".join(text(f"t{i}") + tensor(ints(1), ints(1)) for i in range(4_000)) + b"u"
+    return torch_zip(b"\x80\x02}" + text("k" * 1_000_000) + held + b"s.")
+
+
+@read
+def keys_of_long_texts() -> bytes:
+    """Each key is 900 times the same text: spelt out, they have a gigabyte."""
+    keys = (num(i) + b"h\x00" * 900 + b"t" for i in range(12))
+    return torch_zip(
+        b"\x80\x02" + text("\x01" * 100_000) + b"q\x000}(" + b"".join(b"(" + k + b"N" for k in keys) + b"u."
+    )
+
+
+@read
+def modules_of_long_names() -> bytes:
+    """Both the names of modules and of their attributes, each in many places."""
+    name = b"(" + b"h\x00" * 900 + b"t"
+    inner = b"cx\nM\n)\x81}(" + text("_parameters") + b"}" + text("_modules") + b"}" + name + b"K\x01ub"
+    children = b"".join(name + inner for _ in range(10))
+    outer = b"cx\nM\n)\x81}(" + text("_parameters") + b"}" + text("_modules") + b"}(" + children + b"uub"
+    return torch_zip(b"\x80\x02" + text("\x01" * 100_000) + b"q\x000" + outer + b".")
+
+
+@read
+def long_label_in_many_places() -> bytes:
+    return torch_zip(b"\x80\x02](}" + text("k" * 1_000_000) + b"Nsq\x00" + b"h\x00" * 50_000 + b"e.")

@@ -17,6 +17,7 @@ from anycard.formats.index import Index
 from anycard.formats.nested import nested
 from anycard.formats.registry import read_file_index
 from anycard.limits import Limits
+from anycard.pickles.brief import brief
 from anycard.pickles.composite import Composite
 from anycard.pickles.machine import read_pickle
 from anycard.pickles.stubs import Inert
@@ -239,7 +240,7 @@ def _chunk(
         return found  # quantised: listed by its parts
     if not isinstance(found, TensorInfo) or found.dtype != dtype or found.shape != shape:
         raise FormatError(
-            f"the entry of {short(name)!r} in {info['relative_path']} is {found!r:.100}, not {dtype}, {list(shape)}",
+            f"the entry of {short(name)!r} in {info['relative_path']} is {brief(found)}, not {dtype}, {list(shape)}",
             offset=info["offset"],
             name=short(name),
         )

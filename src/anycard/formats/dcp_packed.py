@@ -18,6 +18,7 @@ from anycard.errors import FormatError
 from anycard.formats.assembled import read_row_major
 from anycard.formats.registry import read_file_index
 from anycard.limits import Limits
+from anycard.pickles.brief import brief, key_text
 from anycard.pickles.stubs import Inert
 from anycard.pickles.views import short
 from anycard.tensors import Storage, TensorInfo
@@ -46,7 +47,7 @@ class Unpacker(Source):
             found = self._tree
             same = isinstance(found, TensorInfo) and (found.dtype, found.shape) == (want.dtype, want.shape)
             if not same or found.conj or found.neg or found.storage.big_endian or found.storage.missing:
-                raise FormatError(f"an entry holds {found!r:.100}, not {want!r}", path=entry.name)
+                raise FormatError(f"an entry holds {brief(found)}, not {want!r}", path=entry.name)
             read_row_major(found, start, view)
 
     def _open(self, entry: Source, want: TensorInfo) -> None:
@@ -92,7 +93,11 @@ def unpacked_object(entry: Source, limits: Limits) -> tuple[Any, int]:
 
 def why_not(entry: Source, how: object) -> str:
     """Why a packed entry cannot be read; "" where it can."""
-    steps = ", ".join(short(str(step)) for step in how) if isinstance(how, (list, tuple)) else "something"
+    steps = (
+        ", ".join(short(key_text(step)) for step in how[:_MOST_STEPS])
+        if isinstance(how, (list, tuple))
+        else "something"
+    )
     kind = kind_of(entry.read(0, min(entry.size, 8)))
     if not kind:
         return f"its entry is packed by {steps}, which is not read"

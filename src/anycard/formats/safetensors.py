@@ -17,6 +17,7 @@ from anycard.disk.source import Source
 from anycard.errors import FormatError
 from anycard.formats.index import Index
 from anycard.limits import Limits
+from anycard.pickles.brief import brief
 from anycard.tensors import BY_SAFETENSORS, Form, Storage, TensorInfo, form_of
 
 FINGERPRINT = "anycard.fingerprint"
@@ -221,7 +222,7 @@ def _refuse(name: str, entry: Any, start: int, limits: Limits) -> None:
     row = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
     if row is None:
         why = "has less than a byte per element, which no tensor of torch has" if code in _SUB_BYTE else "is not known"
-        raise FormatError(f"{name}: dtype {code!r:.40} {why}", offset=8, name=name)
+        raise FormatError(f"{name}: dtype {brief(code)} {why}", offset=8, name=name)
     for number in [*shape, begin, end] if type(shape) is list else [None]:
         if type(number) is not int or not 0 <= number < _MOST:
             raise FormatError(f"{name}: its shape or offsets are no non-negative integers", offset=8, name=name)

@@ -16,6 +16,7 @@ from anycard.errors import FormatError
 from anycard.formats import torch_zip
 from anycard.formats.index import Index
 from anycard.formats.torch_zip import Archive
+from anycard.pickles.brief import brief
 from anycard.pickles.budget import Budget
 from anycard.pickles.stubs import Inert, inert_class
 from anycard.pickles.views import ints, view
@@ -105,7 +106,7 @@ class _Payloads:
         if record is None:
             return {}
         if record.nbytes > _MOST_JSON:
-            raise FormatError(f"record {name!r} has {record.nbytes:,} bytes", offset=record.offset)
+            raise FormatError(f"record {brief(name)} has {record.nbytes:,} bytes", offset=record.offset)
         data = torch_zip.index_bytes(self._archive, record)
         try:
             entries = json.loads(data)["config"]
@@ -114,14 +115,14 @@ class _Payloads:
             if isinstance(error, FormatError):
                 error.offset = record.offset if error.offset is None else error.offset
                 raise
-            reason = f"record {name!r} does not describe tensors ({str(error)[:100]})"
+            reason = f"record {brief(name)} does not describe tensors ({str(error)[:100]})"
             raise FormatError(reason, offset=record.offset) from None
 
     def _payload(self, folder: str, entry: dict[str, Any], nbytes: int) -> Any:
         path, meta = entry["path_name"], entry["tensor_meta"]
         record = self._archive.find(folder + path)
         if record is None and (meta is None or _numel(meta)):
-            raise FormatError(f"the archive has no record {folder + path!r}")
+            raise FormatError(f"the archive has no record {brief(folder + path)}")
         if meta is None:  # an object of a class of its own
             return inert_class("torch.export", "custom_object")()
         if entry["use_pickle"] and record is not None:
@@ -132,7 +133,7 @@ class _Payloads:
     def _tensor(self, record: Record | None, path: str, meta: dict[str, Any], nbytes: int) -> TensorInfo:
         dtype = _DTYPES.get(meta["dtype"])
         if dtype is None or meta["layout"] != _STRIDED:
-            raise FormatError(f"{path!r} is a tensor of a dtype or layout that anycard does not know")
+            raise FormatError(f"{brief(path)} is a tensor of a dtype or layout that anycard does not know")
         storage = self._storages.get(path)
         if storage is None:
             storage = self._storages[path] = self._storage(record, path, meta["device"])

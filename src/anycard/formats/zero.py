@@ -11,6 +11,7 @@ from typing import Any
 from anycard.disk.folder import Folder
 from anycard.disk.source import Source
 from anycard.errors import FormatError
+from anycard.pickles.brief import key_text
 
 _LATEST = "latest"
 _MOST = 256
@@ -37,4 +38,4 @@ def masters(tree: Any, files: Sequence[str]) -> dict[str, Any]:
         groups = [groups]
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
         return {}
-    return {"zero_fp32_masters": [str(name) for group in groups for name in group], "zero_fp32_files": parts}
+    return {"zero_fp32_masters": [key_text(name) for group in groups for name in group], "zero_fp32_files": parts}

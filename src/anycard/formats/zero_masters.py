@@ -22,6 +22,7 @@ from anycard.formats.assembled import Chunk, Prover, assemble
 from anycard.formats.index import Index
 from anycard.formats.registry import read_file_index
 from anycard.limits import Limits
+from anycard.pickles.brief import brief
 from anycard.pickles.views import MOST_ELEMENTS, short
 from anycard.tensors import DTYPES, Storage, TensorInfo, form_of, row_major
 
@@ -61,7 +62,9 @@ def read_index(folder: Folder, files: Collection[str], limits: Limits) -> Index:
         raise FormatError(f"no rank holds the master of {short(emptied[0])!r}", path=folder.name, name=emptied[0])
     metadata = {MASTERS: list(made), "zero_fp32_files": optims}
     version = states[0].get("ds_version")
-    return Index("DeepSpeed ZeRO", tree, folder, {**metadata, "ds_version": version} if version else metadata)
+    return Index(
+        "DeepSpeed ZeRO", tree, folder, {**metadata, "ds_version": version} if type(version) is str else metadata
+    )
 
 
 def _by_rank(folder: Folder, files: Collection[str], kind: str) -> list[str]:
@@ -101,7 +104,9 @@ def _refuse_missing(folder: Folder, parts: Sequence[Mapping[str, Any]], count: i
     said = parts[0].get("partition_count")
     counts = said if isinstance(said, list) else [said]
     if counts != [count] * len(counts):
-        message = f"{folder.name} has the optimizer states of {count} ranks, and they say {counts}: some are missing"
+        message = (
+            f"{folder.name} has the optimizer states of {count} ranks, and they say {brief(counts)}: some are missing"
+        )
         raise FormatError(message, path=folder.name)
     between = parts[0].get("param_alignment_paddings")
     if isinstance(between, list) and any(isinstance(group, list) and any(group) for group in between):
@@ -241,7 +246,7 @@ def _with_others(made: Mapping[str, TensorInfo], state: Mapping[str, Any]) -> di
     module, shared = state.get("module"), state.get("shared_params")
     held = module if isinstance(module, Mapping) else {}
     ties = shared if isinstance(shared, Mapping) else {}
-    tied = {name: made[kept] for name, kept in ties.items() if isinstance(name, str) and kept in made}
+    tied = {name: made[kept] for name, kept in ties.items() if type(name) is type(kept) is str and kept in made}
     found = {**made, **tied}
     tree = {name: found.get(name, value) for name, value in held.items() if isinstance(name, str)}
     return {**tree, **found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from anycard.errors import FormatError
@@ -68,11 +68,12 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
             found.above[path] = above
         elif isinstance(obj, Inert) and not repeated:
             for name, value in _settings(obj):
-                found.objects[join(path, name)] = value
-                found.above[join(path, name)] = inside
+                found.objects[below := count.path(join(path, name))] = value
+                found.above[below] = inside
         arrays = holds_weights(mapping_of(obj))
         if {type(child) for _, child in children} == {TensorInfo} and (arrays or not isinstance(obj, Mapping)):
             count.one(repeated, len(children))
+            count.below(path, children)
             held: dict[str, TensorInfo] = {join(path, n) if path else n: child for n, child in children}  # type: ignore[misc]
             if len(held) == len(children) and held.keys().isdisjoint(found.tensors):
                 found.tensors.update(held)
@@ -130,9 +131,19 @@ class _Count:
     def path(self, path: str) -> str:
         """The same path, counted when it is made: a dict's entries are many."""
         self._characters += len(path) - _LONG
+        self._refuse_long(path)
+        return path
+
+    def below(self, path: str, children: Sequence[tuple[str, object]]) -> None:
+        """The same for many at once, before they are made; at the top each is the file's own key."""
+        if path:
+            self._characters += sum(len(name) for name, _ in children) - _LONG * len(children)
+            self._characters += len(path) * len(children)
+            self._refuse_long(path)
+
+    def _refuse_long(self, path: str) -> None:
         if self._characters > _CHARACTERS:
             raise FormatError(f"the paths of the file's object are longer than anything real: {path[:200]}…")
-        return path
 
     def again(self, obj: object) -> bool:
         """It was met before: what lies below counts as repeated."""

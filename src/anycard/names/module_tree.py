@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from anycard.names.mappings import entries, items
 from anycard.names.pickled_modules import COMMON, children_of, class_name, is_module, module_state, own_tensors
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
 _DEEPEST = 200
 _MOST = 100_000  # lines: a small file can hold one part a million times
+_LONG = 256  # characters of a name
+_SHOWN = 120  # and of a value
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -35,8 +38,8 @@ def _lines(obj: Any, label: str, depth: int, above: frozenset[int]) -> Iterator[
         yield f"{pad}{label}{_sized(obj)}"
     elif isinstance(obj, Mapping) and obj:
         yield f"{pad}{label.rstrip(' ')}" if label else f"{pad}{len(obj)} entries"
-        for name, value in obj.items():
-            yield from _lines(value, f"{name}: ", depth + 1, above)
+        for name, value in entries(obj):
+            yield from _lines(value, f"{name[:_LONG]}: ", depth + 1, above)
     elif isinstance(obj, (list, tuple)) and any(not isinstance(v, _PLAIN) for v in obj):
         yield f"{pad}{label.rstrip(' ')}"
         for index, value in enumerate(obj):
@@ -56,24 +59,20 @@ def _module(obj: Inert, label: str, depth: int, above: frozenset[int]) -> Iterat
         return
     yield head
     for name, child in children.items():
-        yield from _lines(child, f"({name}): ", depth + 1, above)
+        yield from _lines(child, f"({name[:_LONG]}): ", depth + 1, above)
     for name, info in own:
-        yield f"{pad}  {name}: {_sized(info)}"
+        yield f"{pad}  {name[:_LONG]}: {_sized(info)}"
     yield pad + ")"
 
 
 def _attributes(state: Mapping[str, Any]) -> str:
     """What looks like an argument of the constructor: public, plain."""
     shown = []
-    for name, value in state.items():
-        plain = isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and _all_plain(value))
-        if plain and not str(name).startswith("_") and name not in COMMON:
-            shown.append(f"{name}={_short(value)}")
+    for name, value in items(state):
+        plain = isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and _flat(value))
+        if plain and not name.startswith("_") and name not in COMMON:
+            shown.append(f"{name[:_LONG]}={_short(value)}")
     return ", ".join(shown)
-
-
-def _all_plain(values: tuple[Any, ...] | list[Any]) -> bool:
-    return len(values) <= 16 and all(isinstance(v, _PLAIN) for v in values)
 
 
 def _sized(info: TensorInfo) -> str:
@@ -85,13 +84,18 @@ def _short(value: Any) -> str:
         return f"<{value.path}>"
     if isinstance(value, type):
         return f"<{getattr(value, 'module', '?')}.{getattr(value, 'name', '?')}>"
-    text = repr(value) if isinstance(value, (*_PLAIN, bytes, complex)) or _flat(value) else f"<{type(value).__name__}>"
-    return text if len(text) <= 120 else text[:117] + "…"
+    if isinstance(value, (str, bytes)):
+        text = repr(value[:_SHOWN])
+    elif isinstance(value, (*_PLAIN, complex)) or _flat(value):
+        text = repr(value)
+    else:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "…"
 
 
 def _flat(value: Any) -> bool:
     return (
         isinstance(value, (list, tuple, dict, set, frozenset))
         and len(value) <= 16
-        and all(isinstance(v, _PLAIN) for v in value)
+        and all(isinstance(v, _PLAIN) and (not isinstance(v, str) or len(v) <= _LONG) for v in value)
     )

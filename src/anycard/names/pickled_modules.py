@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 from anycard.errors import FormatError
 from anycard.limits import DEFAULT
 from anycard.names.wrappers import Wrapper, wrapper_of
+from anycard.pickles.brief import key_text
 from anycard.pickles.composite import Composite
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
@@ -117,7 +118,7 @@ def children_of(obj: object) -> dict[str, object]:
     if inner is not None:
         return {"_orig_mod": inner}
     state = module_state(obj) or {}
-    return {str(name): child for name, child in state.get("_modules", {}).items() if child is not None}
+    return {key_text(name): child for name, child in state.get("_modules", {}).items() if child is not None}
 
 
 def own_tensors(obj: object, *, everything: bool = False) -> Iterator[tuple[str, TensorInfo]]:
@@ -131,10 +132,10 @@ def own_tensors(obj: object, *, everything: bool = False) -> Iterator[tuple[str,
             if group == "_buffers" and name in hidden and not everything:
                 continue
             if isinstance(value, TensorInfo):
-                yield str(name), value
+                yield key_text(name), value
             elif isinstance(value, Composite) and value.parts is not None:
                 parts = value.parts.items()
-                yield from ((f"{name}.{part}", one) for part, one in parts if isinstance(one, TensorInfo))
+                yield from ((f"{key_text(name)}.{part}", one) for part, one in parts if isinstance(one, TensorInfo))
 
 
 class Walked:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from anycard.names.mappings import entries
 from anycard.names.pickled_modules import is_module
+from anycard.pickles.brief import brief
 from anycard.pickles.composite import Composite
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
@@ -77,12 +79,12 @@ class Plain:
 
     def _inside(self, value: Any, above: frozenset[int]) -> Any:
         if isinstance(value, Mapping):
-            return {str(k): self.of(v, above) for k, v in value.items()}
+            return {name: self.of(part, above) for name, part in entries(value)}
         if isinstance(value, (list, tuple)):
             return [self.of(v, above) for v in value]
         if isinstance(value, (set, frozenset)):
-            return self._once(value, lambda: sorted((self.of(v, above) for v in value), key=repr))
-        return self._stub(value, above) if isinstance(value, Inert) else repr(value)
+            return self._once(value, lambda: sorted((self.of(v, above) for v in value), key=brief))
+        return self._stub(value, above) if isinstance(value, Inert) else brief(value)
 
     def _stub(self, value: Inert, above: frozenset[int]) -> dict[str, Any]:
         data: dict[str, Any] = {"__class__": value.path}
@@ -93,7 +95,7 @@ class Plain:
         if isinstance(value, Composite) and value.parts is not None:
             return {**data, "why": value.why, **{name: self.of(part, above) for name, part in value.parts.items()}}
         if attributes is not None:
-            data.update({str(k): self.of(v, above) for k, v in attributes.items()})
+            data.update({name: self.of(part, above) for name, part in entries(attributes)})
         elif state is not None:
             data["state"] = self.of(state, above)
         for label, held in (("args", value.args), ("items", value.items), ("pairs", value.pairs)):
