@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import anycard
-from helpers import quiet
+from helpers import assert_same, quiet
 
 
 def saved(value: Any) -> io.BytesIO:
@@ -183,3 +184,82 @@ def test_a_quantised_claim_that_does_not_fit() -> None:
     changed.seek(0)
     with pytest.raises(anycard.FormatError, match="needs 2"):
         anycard.open(changed)
+
+
+# TorchScript.
+
+
+class Holds(nn.Module):
+    """A buffer of any kind."""
+
+    def __init__(self, held: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("held", held)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def composed() -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    with quiet():
+        dense = torch.tensor([[0.0, 2.0, 0.0, 5.0], [3.0, 0.0, 4.0, 0.0]])
+        coo, csr = dense.to_sparse().coalesce(), dense.to_sparse_csr()
+        tensor = torch.quantize_per_tensor(dense, 0.5, 3, torch.qint8)
+        channel = torch.quantize_per_channel(dense, torch.tensor([0.1, 0.2]), torch.tensor([1, 2]), 0, torch.quint8)
+    return {
+        "coo": (coo, {"indices": coo.indices(), "values": coo.values()}),
+        "csr": (csr, {"crow_indices": csr.crow_indices(), "col_indices": csr.col_indices(), "values": csr.values()}),
+        "per tensor": (tensor, {"int_repr": tensor.int_repr()}),
+        "per channel": (channel, {"int_repr": channel.int_repr(), "scales": channel.q_per_channel_scales(),
+                                  "zero_points": channel.q_per_channel_zero_points()}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["coo", "csr", "per tensor", "per channel"])
+def test_torchscript_lists_tensors_by_their_parts(kind: str, tmp_path: Path) -> None:
+    """What is no plain tensor is none that vanishes."""
+    held, parts = composed()[kind]
+    with quiet():
+        torch.jit.save(torch.jit.script(Holds(held)), tmp_path / "x.pt")
+    assert_same(anycard.read(tmp_path / "x.pt"), {f"held.{name}": part for name, part in parts.items()})
+    with anycard.open(tmp_path / "x.pt") as ckpt:
+        assert "given by" in ckpt.objects["held"]["why"]
+
+
+DTYPES = (
+    "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
+    "float8_e8m0fnu", "complex32", "bits8", "float4_e2m1fn_x2",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torchscript_dtypes(dtype: str, tmp_path: Path) -> None:
+    """TorchScript names a storage class for each dtype, also where Python's torch has none."""
+    kind = getattr(torch, dtype, None)
+    if kind is None:
+        pytest.skip("a torch without it")
+    with quiet():
+        held = torch.arange(16, dtype=torch.uint8).view(kind)
+        torch.jit.save(torch.jit.script(Holds(held)), tmp_path / "x.pt")
+    assert_same(anycard.read(tmp_path / "x.pt"), {"held": held})
+
+
+@pytest.mark.parametrize("how", ["script", "whole"])
+def test_packed_parameters(how: str, tmp_path: Path) -> None:
+    """A dynamically quantised model: the same names as in its state dict, whichever way it was saved."""
+    with quiet():
+        model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), {nn.Linear})
+        save = torch.save if how == "whole" else lambda m, path: torch.jit.save(torch.jit.script(m), path)
+        save(model, tmp_path / "x.pt")
+        torch.save(model.state_dict(), tmp_path / "plain.pt")
+        want = anycard.read(tmp_path / "plain.pt")
+    assert_same(anycard.read(tmp_path / "x.pt"), {name: t for name, t in want.items() if "_packed_params." in name})
+
+
+def test_a_model_without_tensors_is_said(tmp_path: Path) -> None:
+    """Nothing is read, and not in silence."""
+    with quiet():
+        torch.jit.save(torch.jit.script(nn.ReLU()), tmp_path / "x.pt")
+    with pytest.warns(UserWarning, match="no tensors"):
+        assert anycard.read(tmp_path / "x.pt") == {}

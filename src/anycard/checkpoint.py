@@ -21,6 +21,7 @@ from anycard.names.plain import Plain
 from anycard.names.stored import Found, StateDict, find_state_dicts
 from anycard.progress import Progress
 from anycard.tensors import DTYPES, TensorInfo
+from anycard.warning import warn
 
 _LISTED = 10_000  # elements of a numpy array beside the weights that are spelt out
 
@@ -149,6 +150,8 @@ class Checkpoint:
             ChoiceError: The file holds none or several, or none by that key.
         """
         found = self.chosen(key)
+        if not found.tensors:
+            warn(f"{self.path}: no tensors are found in the model that it holds")
         if not canonical:
             return dict(found.tensors)
         names, _ = canonical_names(found, marked=self.marked)

@@ -68,8 +68,16 @@ _ROWS = (
     DType("bits4x2", 1, "bits", None, None, None),
     *(DType(f"{sign}int{bits}", 1, "bits", None, None, None) for sign in ("", "u") for bits in range(1, 8)),
 )
+
+
+def _scripted(name: str) -> str:
+    """The storage class that TorchScript names where Python's torch has none (`UInt16Storage`)."""
+    word = "ComplexHalf" if name == "complex32" else name.replace("uint", "UInt").replace("int", "Int")
+    return f"{word[0].upper()}{word[1:]}Storage"
+
+
 DTYPES: dict[str, DType] = {row.name: row for row in _ROWS}
-BY_STORAGE: dict[str, DType] = {row.storage: row for row in _ROWS if row.storage}
+BY_STORAGE: dict[str, DType] = {row.storage or _scripted(row.name): row for row in _ROWS}
 BY_SAFETENSORS: dict[str, DType] = {row.safetensors: row for row in _ROWS if row.safetensors}
 BY_NUMPY: dict[str, DType] = {row.numpy[1:]: row for row in _ROWS if row.numpy}
 

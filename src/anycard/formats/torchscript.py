@@ -13,6 +13,7 @@ from typing import Any
 from anycard.errors import FormatError
 from anycard.formats.index import Index
 from anycard.formats.torch_zip import Archive, Storages, index_bytes
+from anycard.pickles.composite import Composite, Packed
 from anycard.pickles.machine import read_pickle
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
@@ -153,14 +154,23 @@ class _Modules:
         return classes
 
 
+def _is_tensor(value: Any) -> bool:
+    """Also one that is listed by its parts."""
+    return isinstance(value, TensorInfo) or (isinstance(value, Composite) and not isinstance(value, Packed))
+
+
+def _parameter(value: Any) -> Any:
+    return value.replace(parameter=True) if isinstance(value, TensorInfo) else value
+
+
 def _sorted_out(obj: Inert, held: dict[Any, Any], head: _Class, head_of: Any) -> list[Any]:
     """Attributes become parameters, buffers, modules and the rest; gives the modules."""
     parameters = head.parameters or []
-    tensors = {n: v for n, v in held.items() if isinstance(v, TensorInfo)}
+    tensors = {n: v for n, v in held.items() if _is_tensor(v)}
     buffers = [n for n in tensors if n not in parameters] if head.buffers is None else head.buffers
     modules = {n: v for n, v in held.items() if head_of(v) is not None}
     groups: dict[str, Any] = {
-        "_parameters": {n: tensors[n].replace(parameter=True) for n in parameters if n in tensors},
+        "_parameters": {n: _parameter(tensors[n]) for n in parameters if n in tensors},
         "_buffers": {n: tensors[n] for n in buffers if n in tensors},
         "_modules": modules,
     }

@@ -191,7 +191,7 @@ def _inert_children(obj: Inert) -> Iterator[tuple[str, object]]:
     if state is not None:
         for group in ("_parameters", "_buffers", "_modules"):
             yield from ((name, value) for name, value in items(state.get(group)) if value is not None)
-        yield from ((n, v) for n, v in items(state) if isinstance(v, TensorInfo))
+        yield from ((n, v) for n, v in items(state) if isinstance(v, (TensorInfo, Composite)))
         yield from ((n, v) for n, v in items(state) if not n.startswith("_") and isinstance(v, Mapping))
         return
     inner = wrapped_module(obj)

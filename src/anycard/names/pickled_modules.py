@@ -10,7 +10,7 @@ from anycard.errors import FormatError
 from anycard.limits import DEFAULT
 from anycard.names.wrappers import Wrapper, wrapper_of
 from anycard.pickles.brief import key_text
-from anycard.pickles.composite import Composite
+from anycard.pickles.composite import Composite, Packed
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
@@ -126,8 +126,9 @@ def own_tensors(obj: object, *, everything: bool = False) -> Iterator[tuple[str,
     state = module_state(obj) or {}
     hidden = state.get("_non_persistent_buffers_set")
     hidden = hidden if isinstance(hidden, (set, frozenset, list, tuple, dict)) else ()
-    for group in ("_parameters", "_buffers"):
-        held = state.get(group)
+    packed = {name: value for name, value in state.items() if isinstance(value, Packed)}
+    for group in ("_parameters", "_buffers", "packed parameters"):
+        held = packed if group == "packed parameters" else state.get(group)
         for name, value in held.items() if isinstance(held, Mapping) else ():
             if group == "_buffers" and name in hidden and not everything:
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from anycard.pickles.brief import key_text
@@ -15,6 +15,7 @@ _COMPRESSED = {
     "sparse_csr": ("crow_indices", "col_indices"), "sparse_bsr": ("crow_indices", "col_indices"),
     "sparse_csc": ("ccol_indices", "row_indices"), "sparse_bsc": ("ccol_indices", "row_indices"),
 }  # fmt: skip
+_SCRIPTED = {1: ("indices",), 2: ("crow_indices", "col_indices")}  # c10/core/Layout.h; TorchScript writes no others
 
 
 class Composite(Inert):
@@ -37,8 +38,41 @@ class Composite(Inert):
         return self
 
 
+class Packed(Composite):
+    """Parameters that a quantised module packs for its kernels: a ScriptObject, whose BUILD brings the tensors."""
+
+    why = "packed parameters: given by the tensors that they are made from"
+
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> Any:
+        return Inert.__new__(cls, *args, **kwargs)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+        named = type(state) is tuple and len(state) == 2 and type(state[1]) is str  # Python's pickles add the class
+        self.parts = dict(_tensors_in(self.budget, state[0] if named else state)) or None
+
+
+def is_packed(module: str, name: str) -> bool:
+    """The class of such an object, as Python's pickles and TorchScript's call it."""
+    return (module, name) == ("torch", "ScriptObject") or module.startswith("__torch__.torch.classes.")
+
+
+def _tensors_in(budget: Budget, held: Any, path: str = "", levels: int = 4) -> Iterator[tuple[str, Any]]:
+    """Tensors, and the parts of such as are made of parts, in tuples and lists."""
+    if isinstance(held, TensorInfo):
+        yield path or "0", held
+    elif isinstance(held, Composite) and held.parts is not None:
+        yield from ((f"{path}.{name}" if path else name, part) for name, part in held.parts.items())
+    elif isinstance(held, (tuple, list)) and levels:
+        budget.spend(len(held))
+        for index, value in enumerate(held):
+            yield from _tensors_in(budget, value, f"{path}.{index}" if path else str(index), levels - 1)
+
+
 def _sparse(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:
     """(layout, (indices, values, size, coalesced)), or (layout, (compressed, plain, values, size))."""
+    if len(args) > 4 and type(args[0]) is int:
+        return _scripted_sparse(args)
     if len(args) != 2 or type(args[1]) is not tuple or len(args[1]) not in (3, 4):
         return None
     layout = args[0].args[0] if isinstance(args[0], Inert) and args[0].args else None
@@ -46,6 +80,14 @@ def _sparse(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:
     if names is not None and len(args[1]) == 4:
         return dict(zip((*names, "values", "size"), args[1], strict=True))
     return dict(zip(("indices", "values", "size", "is_coalesced"), args[1], strict=False))
+
+
+def _scripted_sparse(args: tuple[Any, ...]) -> Mapping[str, Any] | None:
+    """As TorchScript has it: (layout's number, size, requires_grad, …, values, hooks)."""
+    names = _SCRIPTED.get(args[0])
+    if names is None or len(args) < len(names) + 4:
+        return None
+    return dict(zip((*names, "values", "size"), (*args[3 : len(names) + 4], args[1]), strict=True))
 
 
 def _quantised(budget: Budget, args: tuple[Any, ...]) -> Mapping[str, Any] | None:

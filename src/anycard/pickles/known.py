@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from anycard.errors import FormatError
 from anycard.pickles.arrays import FollowedArray, bytes_of, from_buffer, reconstruct, scalar
 from anycard.pickles.budget import Budget
-from anycard.pickles.composite import COMPOSITES, ON_DEVICE, Composite, rebuild_on_device
+from anycard.pickles.composite import COMPOSITES, ON_DEVICE, Composite, Packed, is_packed, rebuild_on_device
 from anycard.pickles.stubs import Counted, Defaulting, Inert, Size, inert_class
 from anycard.pickles.views import INTEGERS, Built, StoredStorage, ints, sized, view
 from anycard.tensors import BY_STORAGE, DTYPES, Storage, TensorInfo, form_of
@@ -313,6 +313,8 @@ class Globals:
                 return inert_class(module, name, FollowedArray)
         known = _TABLE.get((module, name))
         make = None if known is None else partial(known, self._budget)
+        if is_packed(module, name):
+            return inert_class(module, name, Packed, budget=self._budget)
         if (module, name) in COMPOSITES:
             return inert_class(module, name, Composite, make=make, budget=self._budget)
         return inert_class(module, name, make=make)
