@@ -213,6 +213,26 @@ def test_export(tmp_path: Path) -> None:
     assert_same(anycard.read(tmp_path / "y.pt"), want)
 
 
+def test_export_of_programs_by_other_names(tmp_path: Path) -> None:
+    """One program is the weights, whatever it is called; of several, key= picks."""
+    from torch.export.pt2_archive._package import package_pt2
+
+    one, two = filled(nn.Linear(4, 2), 1), filled(nn.Linear(4, 2), 2)
+    package_pt2(tmp_path / "one.pt2", exported_programs={"encoder": exported(one)})
+    package_pt2(tmp_path / "two.pt2", exported_programs={"encoder": exported(one), "head": exported(two)})
+    assert_same(anycard.read(tmp_path / "one.pt2"), weights(one))
+    assert_same(anycard.read(tmp_path / "two.pt2", key="head"), weights(two))
+    with pytest.raises(anycard.CheckpointError, match=r"'encoder'.*'head'"):
+        anycard.read(tmp_path / "two.pt2")
+
+
+@pytest.mark.parametrize("name", ["\u0130stanbul.pt2", "\u212a.pt2", "\u00c4\u00c4.PT2"])
+def test_export_below_a_folder_of_any_letters(tmp_path: Path, name: str) -> None:
+    """Letters that have another length in lower case; torch calls the folder like the file."""
+    torch.export.save(exported(nn.Linear(4, 2)), tmp_path / name)
+    assert set(anycard.read(tmp_path / name)) == {"weight", "bias"}
+
+
 def old_export(path: Path, model: nn.Module, method: int = zipfile.ZIP_STORED) -> None:
     """An exported program as torch 2.6 to 2.8 wrote it."""
     with zipfile.ZipFile(path, "w", method) as archive:

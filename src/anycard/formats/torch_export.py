@@ -23,6 +23,7 @@ from anycard.pickles.views import ints, view
 from anycard.tensors import DTYPES, Storage, TensorInfo
 
 _MOST_JSON = 256 << 20
+_WEIGHTS = "data/weights/"
 _CONFIG = "_weights_config.json"
 _OLD = "serialized_state_dict.pt"
 _DTYPES = {
@@ -46,7 +47,7 @@ def read_index(archive: Archive) -> Index:
         tree = _old(archive, below)
     else:
         reader = _Payloads(archive)
-        models = [n[len("data/weights/") : -len(_CONFIG)] for n in below if n.endswith(_CONFIG)]
+        models = [n[len(_WEIGHTS) : -len(_CONFIG)] for n in below if n.startswith(_WEIGHTS) and n.endswith(_CONFIG)]
         programs = {name: reader.program(name) for name in models if name}
         if not programs:
             raise FormatError("the file is an exported program whose weights are not where they should be", offset=0)
@@ -98,7 +99,7 @@ class _Payloads:
 
     def program(self, name: str) -> Inert:
         """One exported program."""
-        weights = self._config(f"data/weights/{name}{_CONFIG}", "data/weights/")
+        weights = self._config(f"{_WEIGHTS}{name}{_CONFIG}", _WEIGHTS)
         return _program(weights, self._config(f"data/constants/{name}_constants_config.json", "data/constants/"))
 
     def _config(self, name: str, folder: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import repeat
@@ -25,12 +26,17 @@ from anycard.pickles.views import MOST_ELEMENTS, StoredStorage, is_storage_class
 from anycard.tensors import DTYPES, Storage
 
 _MOST_MARK = 16 << 20
-# Torch's archives of other kinds: their module, and a record that only they have. TorchScript is like a torch zip.
-_KINDS = (
-    ("torch_package", ".data/extern_modules"),
-    ("torch_export", "data/weights/model_weights_config.json"),
-    ("torch_export", "serialized_state_dict.pt"),
+# Torch's archives of other kinds: their module, and a record that only they have, of which a part is looked for first.
+# TorchScript is like a torch zip.
+_KINDS = tuple(
+    (module, part, re.compile(rf"((?:[^/]+/)?){record}", re.DOTALL))
+    for module, part, record in (
+        ("torch_package", ".data/extern_modules", r"\.data/extern_modules"),
+        ("torch_export", "_weights_config.json", r"data/weights/[^/]+_weights_config\.json"),
+        ("torch_export", "serialized_state_dict.pt", r"serialized_state_dict\.pt"),
+    )
 )
+_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 
 def read_index(source: Source, limits: Limits, budget: Budget | None = None, *, nested: bool = False) -> Index:
@@ -82,11 +88,14 @@ def record_bytes(source: Source, record: Record, limits: Limits) -> bytes | byte
 
 def is_torch(names: Iterable[str]) -> bool:
     """Records of these names make an archive of torch's."""
-    lower = [name.lower() for name in names]
+    lower = [_folded(name) for name in names]
     pickle = any(n == "data.pkl" or (n.endswith("/data.pkl") and n.count("/") == 1) for n in lower)
-    return pickle or any(
-        n.endswith(tells) and n.count("/") <= tells.count("/") + 1 for _, tells in _KINDS for n in lower
-    )
+    return pickle or any(part in n and record.fullmatch(n) for _, part, record in _KINDS for n in lower)
+
+
+def _folded(name: str) -> str:
+    """In lower case as torch's zip reader has it: ASCII only, so that no name changes its length."""
+    return name.lower() if name.isascii() else name.translate(_LOWER)
 
 
 class Archive:
@@ -97,7 +106,7 @@ class Archive:
         self.records = records
         self.limits = limits
         self.kept = Kept()
-        lower = [name.lower() for name in records]
+        lower = [_folded(name) for name in records]
         self._by_name = dict(zip(lower, records.values(), strict=True))
         self._twice: set[str] = set()
         if len(self._by_name) < len(records):
@@ -108,27 +117,27 @@ class Archive:
     def _find_folder(self) -> str:
         names = self._by_name
         text = "\n".join(names)  # there may be many, and hardly any is of use here
-        for kind, tells in _KINDS:
-            folder = next((n[: -len(tells)] for n in names if n.endswith(tells)), None) if tells in text else None
-            if folder is not None and (not folder or (folder.endswith("/") and folder.count("/") == 1)):
+        for kind, part, record in _KINDS:
+            found = next(filter(None, map(record.fullmatch, names)), None) if part in text else None
+            if found is not None:
                 self.kind = kind
-                return folder
-        found = [
+                return found[1]
+        folders = [
             n[: -len("data.pkl")] for n in names if n == "data.pkl" or (n.endswith("/data.pkl") and n.count("/") == 1)
         ]
-        if len(found) != 1:
+        if len(folders) != 1:
             inside = ", ".join(repr(short(n)) for n in list(self.records)[:12])
             raise FormatError(
                 "the file is a zip archive, but no torch zip "
-                f"({'several' if found else 'no'} data.pkl in it); it holds {inside}"
+                f"({'several' if folders else 'no'} data.pkl in it); it holds {inside}"
             )
-        if found[0] + "constants.pkl" in names:
+        if folders[0] + "constants.pkl" in names:
             self.kind = "torchscript"
-        return found[0]
+        return folders[0]
 
     def find(self, name: str) -> Record | None:
         """The record of that name in the folder, or None."""
-        full = self._folder + name.lower()
+        full = self._folder + _folded(name)
         if self._twice and full in self._twice:
             raise FormatError(f"two records are called {short(full)!r}, but for upper and lower case")
         return self._by_name.get(full)
@@ -145,7 +154,7 @@ class Archive:
     def below(self) -> dict[str, Record]:
         """The records in the folder, by their names in it."""
         skip = len(self._folder)
-        return {n[skip:]: r for n, r in self.records.items() if n.lower().startswith(self._folder)}
+        return {n[skip:]: r for n, r in self.records.items() if _folded(n).startswith(self._folder)}
 
     def record(self, name: str) -> Record:
         """The same, of a record that is known to be there."""
