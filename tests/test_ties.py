@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import anycard
@@ -231,3 +231,20 @@ def test_a_whole_model_holds_nothing_of_what_lies_beside_its_views(tmp_path):
         anycard.save(with_buffers(x=memory[:1], y=memory[9:9]), tmp_path / "a.pt", whole=True)
         files.append((tmp_path / "a.pt").read_bytes())
     assert files[0] == files[1] and b"SECRET" not in files[0]
+
+
+@pytest.mark.parametrize("second", ["format", "anycard", "anycard.fingerprint"])
+def test_a_second_name_that_safetensors_metadata_keeps_for_itself(tmp_path, second):
+    """Such a tie is written as a tensor of its own, by save and by convert; nothing of the file's own record goes."""
+    tied = torch.arange(3.0)
+    held = {"first": tied, second: tied, "third": tied}
+    anycard.save(held, tmp_path / "a.safetensors")
+    anycard.save(held, tmp_path / "a.pt")
+    anycard.convert(tmp_path / "a.pt", tmp_path / "b.safetensors")
+    for name in ("a.safetensors", "b.safetensors"):
+        assert_same(anycard.read(tmp_path / name), held)
+        assert_same(load_file(tmp_path / name), {"first": tied, second: tied})
+        with anycard.open(tmp_path / name) as ckpt:
+            assert ckpt.marked and ckpt.metadata["format"] == "pt"
+        assert anycard.verify(tmp_path / name).checked
+    assert anycard.diff(tmp_path / "a.pt", tmp_path / "b.safetensors").equal

@@ -21,6 +21,8 @@ from anycard.pickles.brief import brief
 from anycard.tensors import BY_SAFETENSORS, Form, Storage, TensorInfo, form_of
 
 FINGERPRINT = "anycard.fingerprint"
+OURS = "anycard"
+KEPT = frozenset(("format", OURS, FINGERPRINT))  # keys of the metadata that cannot be a tied tensor's second name
 HEADER_MOST = 100_000_000  # the limit of the safetensors library itself
 _MOST = 1 << 62  # bytes and sizes
 _SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
@@ -254,7 +256,7 @@ def _prove(begins: Sequence[int], ends: Sequence[int], names: Sequence[str], sou
 
 def _mark(metadata: dict[str, str]) -> dict[str, Any] | None:
     try:
-        mark = json.loads(metadata["anycard"])
+        mark = json.loads(metadata[OURS])
     except (KeyError, ValueError, RecursionError):
         return None
     return mark if isinstance(mark, dict) else None

@@ -15,6 +15,7 @@ from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Piece, counted
 from anycard.errors import CheckpointError, ChoiceError, naming
 from anycard.formats.registry import format_for
+from anycard.formats.safetensors import KEPT, OURS
 from anycard.formats.safetensors_writer import write_safetensors
 from anycard.formats.torch_zip_writer import write_torch_zip
 from anycard.limits import DEFAULT
@@ -85,7 +86,7 @@ def _to_safetensors(ckpt: Checkpoint, key: str | None, dst: str, progress: Progr
         rows, ties = _rows(weights, proof, done)
         text = json.dumps(_mark(ckpt, found), sort_keys=True, separators=(",", ":"))
         with replace_file(dst) as file:
-            write_safetensors(file, rows, {"anycard": text, **ties}, DEFAULT, ties=ties)
+            write_safetensors(file, rows, {OURS: text, **ties}, DEFAULT, ties=ties)
             proof.check()
     return len(weights), _beside(ckpt, found)
 
@@ -162,7 +163,7 @@ def _rows(weights: Mapping[str, TensorInfo], proof: Proof, done: Callable[[int],
     first: dict[object, str] = {}
     for name, info in weights.items():
         kept = first.setdefault(info.place, name)
-        if kept != name and info.nbytes:
+        if kept != name and info.nbytes and name not in KEPT:
             ties[name] = kept
             continue
         if DTYPES[info.dtype].safetensors is None:

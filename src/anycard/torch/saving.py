@@ -19,6 +19,7 @@ from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Lazy, Piece, counted
 from anycard.errors import CheckpointError
 from anycard.formats.registry import format_for
+from anycard.formats.safetensors import KEPT, OURS
 from anycard.formats.safetensors_writer import write_safetensors
 from anycard.formats.torch_zip_writer import write_torch_zip
 from anycard.limits import DEFAULT
@@ -131,7 +132,7 @@ def _for_safetensors(obj: Any) -> tuple[_Rows, dict[str, str], dict[str, str]]:
         mark["metadata"] = {path: dict(held) for path, held in versions.items() if dict(held) != {"version": 1}}
     rows, ties = _rows(state)
     text = json.dumps(mark, sort_keys=True, separators=(",", ":"), default=str)
-    return rows, {"anycard": text, **ties}, ties
+    return rows, {OURS: text, **ties}, ties
 
 
 def _rows(state: Mapping[str, Any]) -> tuple[_Rows, dict[str, str]]:
@@ -146,7 +147,7 @@ def _rows(state: Mapping[str, Any]) -> tuple[_Rows, dict[str, str]]:
             raise CheckpointError(message, name=name)
         refuse_kinds(tensor, name)
         kept = first.setdefault(identity(tensor), name)
-        if kept is not name:
+        if kept is not name and name not in KEPT:
             ties[name] = kept
             continue
         dtype = FROM_TORCH[tensor.dtype]
