@@ -232,3 +232,23 @@ def test_a_sparse_buffer_is_planned_and_refused_by_name(tmp_path):
     assert_same_bits(model.bias, filled(nn.Linear(2, 2)).bias)
     anycard.load(tmp_path / "a.pth", model, only=["weight", "bias"])
     assert_same_bits(model.weight, filled(nn.Linear(2, 2)).weight)
+
+
+class _Scripted(nn.Module):
+    """Holds a scripted module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+        self.fc = nn.Linear(2, 1)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel])
+@pytest.mark.parametrize("build", [_Scripted, lambda: torch.jit.script(nn.Sequential(nn.BatchNorm1d(2)))])
+def test_scripted_modules_are_saved_and_loaded(tmp_path, build, wrap, suffix):
+    """A ScriptModule, whole or within a model, gives its weights and takes them; a plain one takes them too."""
+    source = filled(build())
+    anycard.save(wrap(source), tmp_path / f"a{suffix}")
+    assert_same(anycard.read(tmp_path / f"a{suffix}"), weights(source))
+    assert_same(weights(anycard.load(tmp_path / f"a{suffix}", build())), weights(source))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,17 +34,10 @@ def state_of(model: nn.Module) -> tuple[OrderedDict[str, Any], dict[str, Any]]:
         state[canonical] = value
     metadata = getattr(live, "_metadata", None)
     if metadata is not None:
-        held = OrderedDict((paths.get(p, p), v) for p, v in metadata.items() if _keeps(model, p, paths))
+        outer = {path for path, _, module in walked if live_wrapper(module) is not None}  # inside, the versions count
+        held = OrderedDict((paths.get(p, p), v) for p, v in metadata.items() if p not in outer)
         state._metadata = held  # type: ignore[attr-defined]
     return state, wrappers
-
-
-def _keeps(model: nn.Module, path: str, paths: Mapping[str, str]) -> bool:
-    """The path's own module, not a wrapper of it, gives the version."""
-    try:
-        return live_wrapper(model.get_submodule(path)) is None
-    except AttributeError:
-        return True
 
 
 def _wrapper_names(walked: Walked) -> dict[str, str]:
