@@ -326,3 +326,41 @@ def test_sets_of_any_values_give_the_same_bytes(tmp_path):
         for seed in (1, 2, 3)
     }  # fmt: skip
     assert len(told) == 1
+
+
+class Refusing:
+    """Its own way of being pickled raises what no pickler does."""
+
+    def __reduce__(self) -> Any:
+        raise ValueError("not me")
+
+
+class WithState(nn.Module):
+    """Refuses to give its state."""
+
+    def __getstate__(self) -> Any:
+        raise KeyError("secret")
+
+
+@pytest.mark.filterwarnings("ignore:.*sparse:UserWarning")
+@pytest.mark.parametrize(
+    ("where", "spoil"),
+    [
+        ("enc.1.mask", lambda enc: enc[1].register_buffer("mask", torch.empty(2, device="meta"), persistent=False)),
+        ("enc.1.mask", lambda enc: enc[1].register_buffer("mask", torch.eye(2).to_sparse())),
+        ("enc.0.weight", lambda enc: enc[0].to("meta")),
+        ("enc.2.weight", lambda enc: enc.append(nn.LazyLinear(2))),
+        ("enc.0.seen", lambda enc: setattr(enc[0], "seen", [{"z": torch.eye(2).to_sparse()}])),
+        ("enc.0.own", lambda enc: setattr(enc[0], "own", {"x": [Refusing()]})),
+        ("enc.2", lambda enc: enc.append(WithState())),
+    ],
+)
+def test_whatever_cannot_be_written_is_named_by_its_path(tmp_path, where, spoil):
+    """Parameters and buffers, what lies within attributes, and objects that raise errors of their own."""
+    model = nn.ModuleDict({"enc": nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))})
+    spoil(model["enc"])
+    (tmp_path / "a.pt").write_bytes(b"old")
+    with pytest.raises(anycard.CheckpointError) as caught:
+        anycard.save(nn.DataParallel(model), tmp_path / "a.pt", whole=True)
+    assert caught.value.name == where and str(caught.value).count(where) == 1
+    assert (tmp_path / "a.pt").read_bytes() == b"old"

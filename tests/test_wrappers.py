@@ -273,3 +273,25 @@ def test_versions_are_kept_under_canonical_names(tmp_path):
     anycard.save(compiled(model), tmp_path / "b.pth")
     one, two = (torch.load(tmp_path / name, weights_only=True)._metadata for name in ("a.pth", "b.pth"))
     assert one == two == Nested().state_dict()._metadata
+
+
+class WithHead(nn.DataParallel):
+    """A wrapper that has more than what it wraps."""
+
+    def __init__(self, module: nn.Module, **own: object) -> None:
+        super().__init__(module)
+        for name, value in own.items():
+            setattr(self, name, value)
+
+
+@pytest.mark.parametrize("own", [nn.Linear(2, 2), nn.Parameter(torch.ones(2)), nn.Buffer(torch.ones(2)), nn.ReLU()])
+@pytest.mark.parametrize("outer", [lambda m: m, AveragedModel, lambda m: nn.Sequential(nn.ReLU(), m)])
+def test_a_wrapper_with_more_than_what_it_wraps_is_no_whole_model(tmp_path, own, outer):
+    """What would be lost is named, with what to do; a second name of what is inside, and plain attributes, are not."""
+    inner = nn.Sequential(nn.Linear(2, 2))
+    (tmp_path / "a.pt").write_bytes(b"old")
+    with pytest.raises(anycard.CheckpointError, match=r"WithHead.*head of its own.*weights"):
+        anycard.save(outer(WithHead(inner, head=own)), tmp_path / "a.pt", whole=True)
+    assert (tmp_path / "a.pt").read_bytes() == b"old"
+    anycard.save(outer(WithHead(inner, again=inner[0], scale=2)), tmp_path / "a.pt", whole=True)
+    assert len(anycard.read(tmp_path / "a.pt")) == 2

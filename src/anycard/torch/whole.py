@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from torch import nn
 
 from anycard.disk.pieces import Piece
 from anycard.errors import CheckpointError
-from anycard.pickles.writer import TensorRef, TorchPickler
+from anycard.names.paths import join
+from anycard.pickles.writer import PROTOCOL, TensorRef, TorchPickler
 from anycard.torch.dtypes import PLAIN
-from anycard.torch.modules import unwrapped
-from anycard.torch.storages import SharedStorages, Storages
+from anycard.torch.modules import live_wrapper, unwrapped, walk
+from anycard.torch.storages import SharedStorages, Storages, refuse_kinds
 from anycard.warning import warn
 
 _OF_BUFFERS = {"persistent", "_is_buffer"}  # what nn.Buffer puts there; the module knows it too
@@ -28,7 +28,6 @@ class _ModelPickler(TorchPickler):
     def __init__(self, file: io.BytesIO, storages: Storages) -> None:
         super().__init__(file)
         self.storages = storages
-        self.path: list[str] = []
         self.devices: list[str] = []
         self.lost: list[str] = []
 
@@ -38,6 +37,8 @@ class _ModelPickler(TorchPickler):
             self.lost += vars(obj).keys() - _OF_BUFFERS if hasattr(obj, "__dict__") else ()
             self.lost += () if type(obj) in PLAIN else (f"the class {type(obj).__name__}",)
             obj = self.storages.ref(obj, type(obj).__name__)
+        elif isinstance(obj, nn.Module):
+            _refuse_more(obj, "")
         elif isinstance(obj, torch.device) and obj.type != "cpu":
             self.devices.append(str(obj))
         super().save(self.stands_for(obj), save_persistent_id)
@@ -55,6 +56,8 @@ def pickle_whole(model: nn.Module) -> tuple[bytes, list[Piece], dict[str, Any]]:
     Raises:
         CheckpointError: Something in it cannot be pickled; named by its path of attributes.
     """
+    for path, _, module in walk(model):
+        _refuse_more(module, path)
     storages = SharedStorages()
     _dumped(model, _Noting(storages))  # which parts of which storages are in use is known only at the end
     data, pickler = _dumped(model, storages)
@@ -83,20 +86,56 @@ def _dumped(model: nn.Module, storages: Storages) -> tuple[bytes, _ModelPickler]
     pickler = _ModelPickler(out, storages)
     try:
         pickler.dump(unwrapped(model))
-    except (pickle.PicklingError, TypeError, AttributeError, RuntimeError) as error:  # RuntimeError: parametrised ones
-        where = _culprit(model)
-        raise CheckpointError(f"{where} cannot be pickled: {error}", name=where) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever an object's own `__reduce__` raises
+        raise _named(error, model) from error
     return out.getvalue(), pickler
 
 
-def _culprit(model: nn.Module) -> str:
-    """The path of the first attribute that cannot be pickled by itself."""
+def _named(error: Exception, model: nn.Module) -> CheckpointError:
+    """What went wrong, with the path of the first thing that cannot be pickled by itself."""
     for path, module in unwrapped(model).named_modules():
-        for name, value in vars(module).items():
-            if name in ("_modules", "_parameters", "_buffers"):
-                continue
-            try:
-                _ModelPickler(io.BytesIO(), Storages()).dump(value)
-            except Exception:  # noqa: BLE001 - whatever its class raises
-                return f"{path}.{name}" if path else name
-    return type(unwrapped(model)).__name__
+        try:
+            for name, value in {**module._parameters, **module._buffers, **vars(module)}.items():
+                where = join(path, name)
+                if name not in ("_modules", "_parameters", "_buffers"):
+                    _try(value, where)
+            where = path or type(module).__name__
+            _ModelPickler(io.BytesIO(), Storages()).dump(type(module))
+            module.__reduce_ex__(PROTOCOL)
+        except Exception as found:  # noqa: BLE001 - whatever its class raises
+            return _refusal(where, found)
+    return _refusal(type(unwrapped(model)).__name__, error)
+
+
+def _try(value: Any, where: str) -> None:
+    if isinstance(value, torch.Tensor):
+        refuse_kinds(value, where)
+    else:
+        _ModelPickler(io.BytesIO(), Storages()).dump(value)
+
+
+def _refusal(where: str, error: Exception) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        text = str(error.args[0])
+        return CheckpointError(text if text.startswith(where) else f"{where}: {text}", name=where)
+    return CheckpointError(f"{where} cannot be pickled: {type(error).__name__}: {error}", name=where)
+
+
+def _refuse_more(module: nn.Module, path: str) -> None:
+    """CheckpointError for a wrapper with tensors or modules beside the module that it wraps: they would be lost."""
+    row = live_wrapper(module)
+    inner = module._modules.get(row.child) if row is not None else None
+    if row is None or inner is None:
+        return
+    inside = set(map(id, inner.modules()))
+    own = [name for name, held in module._modules.items() if held is not None and id(held) not in inside]
+    tensors = {**module._parameters, **module._buffers}
+    own += [name for name, held in tensors.items() if held is not None and name not in row.own]
+    if own:
+        raise CheckpointError(
+            f"{path or 'the model'} is a {type(module).__name__}, a wrapper that goes from whole models, but has "
+            f"{', '.join(own)} of its own, which would be lost: save its weights (whole=False), or the module in it",
+            name=join(path, own[0]),
+        )
