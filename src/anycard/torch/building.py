@@ -1,9 +1,11 @@
 """Run a model's factory without the initialisation that a load would overwrite.
 
-A `TorchFunctionMode` (local to this thread) puts off every in-place operation on fresh memory that
-depends on nothing but plain values (`uniform_`, `fill_`, `mul_`, …), per storage and in order. Where
-anything reads such a storage, what was put off is done first; so what `__init__` computes comes out
-right. After the load, `finish` does it for whatever the file did not fill.
+A `TorchFunctionMode` (local to this thread) puts off every draw into fresh memory, and what follows
+it in place by plain values only (`mul_`, `zero_`, …), per storage and in order. Before anything that is
+not known to be harmless is given such a storage, what was put off is done; so what `__init__` computes
+comes out right. After the load, `finish` does it for whatever the file did not fill.
+
+Scripted functions and other compiled code are not seen. So constants are never put off by themselves.
 """
 
 from __future__ import annotations
@@ -13,23 +15,31 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # torch.vmap allows no draws
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from anycard.torch.dtypes import PLAIN
-from anycard.torch.overrides import ARITHMETIC, FILLS, METADATA, VIEWS, short_name
+from anycard.torch.overrides import ARITHMETIC, DRAWS, METADATA, VIEWS, gives_view, short_name
 
-_LOOK, _VIEW, _FILL, _CHANGE, _OTHER = range(5)  # what a function does to a tensor, see `overrides`
+_LOOK, _VIEW, _DRAW, _CHANGE, _OTHER = range(5)  # what a function does to a tensor, see `overrides`
 
 
 class _PutOff(TorchFunctionMode):
-    """Records initialisations per storage instead of running them."""
+    """Records initialisations per storage instead of running them.
+
+    Attributes:
+        pending: By the address of a storage: what is to be done to it, in order; the first is a draw.
+        exposed: Storages that can be read by other ways than torch's functions.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.pending: dict[int, list[tuple[torch.Tensor, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]] = {}
+        self.exposed: set[int] = set()
         self._ways: dict[Any, tuple[int, str]] = {}
 
     def __torch_function__(
@@ -39,16 +49,24 @@ class _PutOff(TorchFunctionMode):
         kwargs = kwargs or {}
         if way == _LOOK:
             return func(*args, **kwargs)
-        if (frame := _truncating()) is not None:
+        if (frame := _truncating()) is not None and self._place_to_wait(frame.f_locals["tensor"]):
             return self._truncate(frame, func, name, args, kwargs)
         if not args and "tensor" in kwargs:  # as torch.nn.init hands its own functions over
             args, kwargs = (kwargs["tensor"],), {k: v for k, v in kwargs.items() if k != "tensor"}
-        if way in (_FILL, _CHANGE) and (place := self._place_to_wait(way, args, kwargs)) is not None:
-            self.pending.setdefault(place, []).append((args[0].detach(), func, args[1:], kwargs))
+        if (way == _DRAW or (way == _CHANGE and self.pending)) and (place := self._place_alone(args, kwargs)):
+            if way == _CHANGE and place not in self.pending:  # constants take no time, and unseen code may read them
+                return func(*args, **kwargs)
+            self._append(place, args[0], func, args[1:], kwargs)
             return args[0]
-        if self.pending and way != _VIEW:
-            self._settle((*args, *kwargs.values()))
-        return func(*args, **kwargs)
+        if way == _VIEW and gives_view(name, (*args[1:], *kwargs.values())):
+            return func(*args, **kwargs)
+        read = args[:1] if name == "__deepcopy__" else (*args, *kwargs.values())  # its memo holds half the model
+        if self.pending:
+            self._settle(read)
+        result = func(*args, **kwargs)
+        if not isinstance(result, _VALUES) or name == "share_memory_":
+            self.exposed.update(_place(value) for value in read if isinstance(value, torch.Tensor))
+        return result
 
     def _learn(self, func: Any) -> tuple[int, str]:
         """What a function does, and its name; a model's factory calls few functions many times."""
@@ -56,54 +74,94 @@ class _PutOff(TorchFunctionMode):
         in_place = name.endswith("_") and not name.endswith("__")
         if name in METADATA:
             way = _LOOK
-        elif in_place and (name in FILLS or getattr(func, "__module__", "") == "torch.nn.init"):
-            way = _FILL
         elif in_place and name in ARITHMETIC:
             way = _CHANGE
+        elif in_place and (name in DRAWS or getattr(func, "__module__", "") == "torch.nn.init"):
+            way = _DRAW
         else:
             way = _VIEW if name in VIEWS else _OTHER
         return self._ways.setdefault(func, (way, name))
+
+    def _place_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """The storage of what is to be changed, as `_place_to_wait`, where all else that is given is plain values."""
+        for value in (*args[1:], *kwargs.values()):
+            if type(value) not in _NUMBERS:
+                return 0  # a generator of the model's own, too, has to be drawn from in its turn
+        return self._place_to_wait(args[0] if args else None)
+
+    def _append(self, place: int, target: torch.Tensor, func: Any, rest: tuple[Any, ...], kwargs: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            self.pending.setdefault(place, []).append((target.detach(), func, rest, kwargs))
 
     def _truncate(self, frame: FrameType, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Within torch's `trunc_normal_`: the whole call is put off at its first draw, and its trials are passed by."""
         target = frame.f_locals["tensor"]
         if name in ("normal_", "uniform_") and args[0] is target:
             rest = tuple(frame.f_locals[key] for key in ("mean", "std", "a", "b"))
-            self.pending.setdefault(_place(target), []).append((target.detach(), nn.init.trunc_normal_, rest, {}))
+            self._append(_place(target), target, nn.init.trunc_normal_, rest, {})
             return target
         if name in _TRIALS:
             return args[0] if name.endswith("_") and not name.startswith("__") else torch.zeros((), dtype=torch.bool)
         return func(*args, **kwargs)
 
-    def _place_to_wait(self, way: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-        """The storage of what is to be changed, where that can be put off."""
-        target: Any = args[0] if args else None
-        if type(target) not in PLAIN or target.is_meta or target.layout is not torch.strided:
-            return None
-        for value in (*args[1:], *kwargs.values()):
-            if isinstance(value, (torch.Tensor, torch.Generator, list, tuple)):
-                return None  # a generator of the model's own has to be drawn from in its turn
-        place = int(target.untyped_storage().data_ptr())
-        return place if way == _FILL or place in self.pending else None
+    def _place_to_wait(self, target: Any) -> int:
+        """The storage of what is to be changed, where only torch's functions can read it; else 0."""
+        if type(target) not in PLAIN:
+            return 0
+        with torch._C.DisableTorchFunction():
+            if target.is_meta or target.layout is not torch.strided:
+                return 0
+            storage = target.untyped_storage()
+            place = int(storage.data_ptr())
+            return place if storage.resizable() and place not in self.exposed else 0  # numpy's memory is not
 
     def _settle(self, values: Iterable[Any]) -> None:
+        """Do what was put off for all that can be reached from here; for everything, where that cannot be told."""
         for value in values:
+            if type(value) in _NUMBERS:
+                continue
             if isinstance(value, torch.Tensor):
-                if value.layout is torch.strided and not value.is_meta:
-                    self.run(_place(value))
+                self._settle_place(_place(value))
             elif isinstance(value, (list, tuple)):
                 self._settle(value)
+            elif isinstance(value, dict):
+                self._settle(value.values())
+            elif isinstance(value, slice):
+                self._settle((value.start, value.stop, value.step))
+            elif not isinstance(value, _HARMLESS):
+                self._settle_place(_ANYWHERE)
+
+    def _settle_place(self, place: int) -> None:
+        for each in list(self.pending) if place == _ANYWHERE else (place,) if place in self.pending else ():
+            self.run(each)
 
     def run(self, place: int) -> None:
         """Do what was put off for a storage."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            for target, func, args, kwargs in self.pending.pop(place, ()):
+        with torch._C.DisableTorchFunction(), torch.no_grad(), temporarily_clear_interpreter_stack():
+            for target, func, args, kwargs in self.pending.pop(place):
                 func(target, *args, **kwargs)
 
 
+_ANYWHERE = -1
+_VALUES = (torch.Tensor, bool, float, type(None))  # what else a function gives may lead to the tensor's memory
+_NUMBERS = frozenset((int, float, bool, str, type(None), np.float64, np.float32, np.int64, torch.dtype, torch.device))
+_HARMLESS = (
+    int, float, str, complex, bytes, range, type, type(...), np.generic, np.ndarray,  # arrays' storages are exposed
+    torch.layout, torch.memory_format, torch.Generator,
+)  # fmt: skip
+
+
 def _place(tensor: torch.Tensor) -> int:
+    """Where its storage is; 0 for none."""
     with torch._C.DisableTorchFunction():
-        return int(tensor.untyped_storage().data_ptr())
+        if is_lazy(tensor) or tensor.is_meta:
+            return 0
+        if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+            return _ANYWHERE  # it may hold other tensors
+        try:
+            return int(tensor.untyped_storage().data_ptr())
+        except (RuntimeError, NotImplementedError):  # torch.func's wrap others
+            return _ANYWHERE
 
 
 _TRUNCATE = getattr(getattr(nn.init, "_no_grad_trunc_normal_", None), "__code__", None)
@@ -115,10 +173,7 @@ _TRIALS = frozenset(
 def _truncating() -> FrameType | None:
     """The frame of torch's `trunc_normal_` that calls, unless it draws from a generator of its own."""
     frame = sys._getframe(2)
-    if frame.f_code is not _TRUNCATE or frame.f_locals.get("generator") is not None:
-        return None
-    target = frame.f_locals["tensor"]
-    return frame if type(target) in (torch.Tensor, nn.Parameter) and target.layout is torch.strided else None
+    return frame if frame.f_code is _TRUNCATE and frame.f_locals.get("generator") is None else None
 
 
 class Built:
@@ -133,7 +188,7 @@ class Built:
         done = {id(tensor) for tensor in filled}
         held = [t for m in self.model.modules() for t in (*m._parameters.values(), *m._buffers.values())]
         dense = [t for t in held if t is not None and not t.is_meta and t.layout is torch.strided and not is_lazy(t)]
-        skip = {_place(t) for t in dense if id(t) in done}
+        skip = {_place(t) for t in dense if id(t) in done and t.nbytes == t.untyped_storage().nbytes()}
         skip -= {_place(t) for t in dense if id(t) not in done}  # views of one memory, of which some stay
         for place in [p for p in self._mode.pending if p not in skip]:
             self._mode.run(place)

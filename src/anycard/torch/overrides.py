@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch.overrides import resolve_name
 
 # They look at a tensor, not at its values.
@@ -15,25 +17,48 @@ METADATA = frozenset(
     _backward_hooks retains_grad output_nr itemsize nbytes is_signed _set_grad_enabled
     """.split()
 )
-# They give a view of it, always (`reshape` and `flatten` may copy).
+# They give a view of it, where all else that they are given is numbers (`reshape` and `flatten` may copy).
 VIEWS = frozenset(
     """
-    data detach view view_as t T mT transpose permute unsqueeze squeeze __getitem__ narrow select expand chunk
+    data detach view t T mT transpose permute unsqueeze squeeze __getitem__ narrow select expand chunk
     split unbind as_strided diagonal swapaxes movedim
     """.split()
 )
-# They overwrite every element with what depends on plain values only.
-FILLS = frozenset(
+# They overwrite every element with one draw or another from a generator.
+DRAWS = frozenset(
     """
-    zero_ fill_ uniform_ normal_ log_normal_ exponential_ cauchy_ geometric_ bernoulli_ random_
+    uniform_ normal_ log_normal_ exponential_ cauchy_ geometric_ bernoulli_ random_
     """.split()
 )
-# They change every element by plain values only.
+# They change every element by plain values only; torch.nn.init's draw nothing either.
 ARITHMETIC = frozenset(
     """
-    mul_ add_ sub_ div_ clamp_ clamp_min_ clamp_max_ erfinv_ neg_ pow_ sqrt_ exp_
+    zero_ fill_ mul_ add_ sub_ div_ clamp_ clamp_min_ clamp_max_ erfinv_ neg_ pow_ sqrt_ exp_
+    zeros_ ones_ constant_ eye_ dirac_
     """.split()
 )
+
+
+def gives_view(name: str, values: Iterable[Any]) -> bool:
+    """Whether one of VIEWS gives a view, by what it is given beside the tensor: `t[tensor]` and `t[list]` copy."""
+    if name == "__getitem__":
+        return all(_is_basic(value) for value in values)
+    return all(isinstance(value, _PLAIN) or _are_numbers(value) for value in values)
+
+
+def _is_basic(index: Any) -> bool:
+    if isinstance(index, tuple):
+        return all(_is_basic(part) for part in index)
+    if isinstance(index, slice):
+        return all(part is None or type(part) is int for part in (index.start, index.stop, index.step))
+    return index is None or index is ... or type(index) is int
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(part) is int for part in value)
+
+
+_PLAIN = (int, str, type(None), torch.dtype)
 
 
 def short_name(func: Any) -> str:
