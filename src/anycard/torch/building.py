@@ -5,13 +5,15 @@ it in place by plain values only (`mul_`, `zero_`, …), per storage and in orde
 not known to be harmless is given such a storage, what was put off is done; so what `__init__` computes
 comes out right. After the load, `finish` does it for whatever the file did not fill.
 
+Where `__init__` seeds the default generator itself, its draws are done at once, from what it has set.
 Scripted functions and other compiled code are not seen. So constants are never put off by themselves.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from anycard.torch.dtypes import PLAIN
 from anycard.torch.overrides import ARITHMETIC, DRAWS, METADATA, VIEWS, gives_view, short_name
+from anycard.torch.seeding import CallersDraws
 
 _LOOK, _VIEW, _DRAW, _CHANGE, _OTHER = range(5)  # what a function does to a tensor, see `overrides`
 
@@ -40,6 +43,7 @@ class _PutOff(TorchFunctionMode):
         super().__init__()
         self.pending: dict[int, list[tuple[torch.Tensor, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]] = {}
         self.exposed: set[int] = set()
+        self.draws = CallersDraws()
         self._ways: dict[Any, tuple[int, str]] = {}
 
     def __torch_function__(
@@ -49,11 +53,11 @@ class _PutOff(TorchFunctionMode):
         kwargs = kwargs or {}
         if way == _LOOK:
             return func(*args, **kwargs)
-        if (frame := _truncating()) is not None and self._place_to_wait(frame.f_locals["tensor"]):
+        if (frame := _truncating()) is not None and self._place_to_draw(frame.f_locals["tensor"]):
             return self._truncate(frame, func, name, args, kwargs)
         if not args and "tensor" in kwargs:  # as torch.nn.init hands its own functions over
             args, kwargs = (kwargs["tensor"],), {k: v for k, v in kwargs.items() if k != "tensor"}
-        if (way == _DRAW or (way == _CHANGE and self.pending)) and (place := self._place_alone(args, kwargs)):
+        if (way == _DRAW or (way == _CHANGE and self.pending)) and (place := self._place_alone(way, args, kwargs)):
             if way == _CHANGE and place not in self.pending:  # constants take no time, and unseen code may read them
                 return func(*args, **kwargs)
             self._append(place, args[0], func, args[1:], kwargs)
@@ -82,12 +86,17 @@ class _PutOff(TorchFunctionMode):
             way = _VIEW if name in VIEWS else _OTHER
         return self._ways.setdefault(func, (way, name))
 
-    def _place_alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    def _place_alone(self, way: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """The storage of what is to be changed, as `_place_to_wait`, where all else that is given is plain values."""
         for value in (*args[1:], *kwargs.values()):
             if type(value) not in _NUMBERS:
                 return 0  # a generator of the model's own, too, has to be drawn from in its turn
-        return self._place_to_wait(args[0] if args else None)
+        target = args[0] if args else None
+        return self._place_to_draw(target) if way == _DRAW else self._place_to_wait(target)
+
+    def _place_to_draw(self, target: Any) -> int:
+        """The same, unless `__init__` seeds what it draws here."""
+        return 0 if self.draws.are_replaced() else self._place_to_wait(target)
 
     def _append(self, place: int, target: torch.Tensor, func: Any, rest: tuple[Any, ...], kwargs: Any) -> None:
         with torch._C.DisableTorchFunction():
@@ -137,9 +146,16 @@ class _PutOff(TorchFunctionMode):
 
     def run(self, place: int) -> None:
         """Do what was put off for a storage."""
-        with torch._C.DisableTorchFunction(), torch.no_grad(), temporarily_clear_interpreter_stack():
+        with _plainly(), self.draws.drawn():
             for target, func, args, kwargs in self.pending.pop(place):
                 func(target, *args, **kwargs)
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Run torch's functions as they are, whatever mode or transform is on."""
+    with torch._C.DisableTorchFunction(), torch.no_grad(), temporarily_clear_interpreter_stack():
+        yield
 
 
 _ANYWHERE = -1
@@ -186,11 +202,15 @@ class Built:
     def finish(self, filled: Iterable[torch.Tensor]) -> None:
         """Initialise, in the order of `__init__`, all that is not among the tensors to be filled."""
         done = {id(tensor) for tensor in filled}
-        held = [t for m in self.model.modules() for t in (*m._parameters.values(), *m._buffers.values())]
-        dense = [t for t in held if t is not None and not t.is_meta and t.layout is torch.strided and not is_lazy(t)]
-        skip = {_place(t) for t in dense if id(t) in done and t.nbytes == t.untyped_storage().nbytes()}
-        skip -= {_place(t) for t in dense if id(t) not in done}  # views of one memory, of which some stay
-        for place in [p for p in self._mode.pending if p not in skip]:
+        whole, stays = set(), set()  # there may be views of one memory, of which some are not filled
+        for tensor in (t for m in self.model.modules() for t in (*m._parameters.values(), *m._buffers.values())):
+            if tensor is None or (place := _place(tensor)) not in self._mode.pending:
+                continue
+            if id(tensor) not in done:
+                stays.add(place)
+            elif tensor.nbytes == tensor.untyped_storage().nbytes():
+                whole.add(place)
+        for place in [p for p in self._mode.pending if p not in whole or p in stays]:
             self._mode.run(place)
 
 
@@ -201,7 +221,7 @@ def build(factory: Callable[[], Any]) -> Built:
         TypeError: It does not give an `nn.Module`.
     """
     mode = _PutOff()
-    with mode:
+    with mode.draws.watched(), mode:
         model = factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"the factory gave a {type(model).__name__}, not an nn.Module")
