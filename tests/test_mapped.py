@@ -130,3 +130,53 @@ def test_what_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None:
     with pytest.raises(anycard.MismatchError, match=re.escape("weight")):
         anycard.load(tmp_path / "a.pth", model, mmap=True)
     assert model.weight.data_ptr() == before
+
+
+class Two(nn.Module):
+    """Two weights of one shape, which may be one."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8, bias=False)
+        self.b = nn.Linear(8, 8, bias=False)
+        if tied:
+            self.b.weight = self.a.weight
+
+
+def overlapping() -> dict[str, torch.Tensor]:
+    """Two views of one storage that share half of their bytes; one inside the first, and one after the second."""
+    long = torch.arange(24.0 * 8).view(24, 8)
+    return {"a.weight": long[4:12], "b.weight": long[8:16], "c": long[5:6], "d": long[16:]}
+
+
+@pytest.mark.parametrize("stored", ["tied", "overlapping"])
+@pytest.mark.parametrize("target", ["factory", "model", "meta"])
+def test_what_the_model_keeps_apart_stays_apart(tmp_path: Path, stored: str, target: str) -> None:
+    """Of tensors that share bytes in the file one is mapped; a change of one does not reach another."""
+
+    class Apart(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            if stored == "overlapping":
+                self.c = nn.Parameter(torch.zeros(1, 8))
+                self.d = nn.Parameter(torch.zeros(8, 8))
+
+    path = tmp_path / "a.pt"
+    state = Two(tied=True).state_dict() if stored == "tied" else overlapping()
+    torch.save(state, path)
+    if target == "meta":
+        with torch.device("meta"):
+            given = Apart()
+    else:
+        given = Apart if target == "factory" else Apart()
+    model = anycard.load(path, given, mmap=True, device="cpu")
+    mapped = {name for name, parameter in model.named_parameters() if mapped_from(parameter, path)}
+    assert mapped == ({"a.weight"} if stored == "tied" else {"c", "d", "b.weight"})  # the first come, the first served
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, state[name])
+        with torch.no_grad():
+            parameter.fill_(-1)
+        for other, values in model.named_parameters():
+            assert (values is parameter) or torch.equal(values, state[other]), (name, other)
+        with torch.no_grad():
+            parameter.copy_(state[name])
