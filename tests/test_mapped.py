@@ -180,3 +180,31 @@ def test_what_the_model_keeps_apart_stays_apart(tmp_path: Path, stored: str, tar
             assert (values is parameter) or torch.equal(values, state[other]), (name, other)
         with torch.no_grad():
             parameter.copy_(state[name])
+
+
+@pytest.mark.parametrize("given", [{"mmap": True}, {"dtype": torch.float64}, {"mmap": True, "device": "cpu"}, {}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_backward_through_the_old_values_is_refused(tmp_path: Path, given: dict[str, object], tied: bool) -> None:
+    """Whatever way an existing model's parameters change, autograd knows, as after load_state_dict."""
+    path = tmp_path / "a.pth"
+    anycard.save(Two(tied), path)
+    model = Two(tied)
+    x = torch.ones(1, 8, requires_grad=True)
+    loss = model.b(model.a(x)).sum()
+    anycard.load(path, model, **given)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    model.b(model.a(x.to(model.a.weight.dtype))).sum().backward()
+
+
+@pytest.mark.parametrize("given", [{"mmap": True}, {"dtype": torch.float64}])
+def test_a_model_made_in_inference_mode_loads(tmp_path: Path, given: dict[str, object]) -> None:
+    """Its parameters have no versions."""
+    source, path = Two(), tmp_path / "a.pth"
+    anycard.save(source, path)
+    with torch.inference_mode():
+        model = Two()
+        anycard.load(path, model, **given)
+        assert torch.equal(model.a.weight, source.a.weight.to(model.a.weight.dtype))
+    anycard.load(path, model, **given)
+    assert torch.equal(model.b.weight, source.b.weight.to(model.b.weight.dtype))

@@ -24,14 +24,15 @@ from anycard.torch.undo import Undo
 from anycard.torch.work import OwnLoader, Work
 from anycard.warning import warn
 
+Made = dict[int, tuple[torch.Tensor, torch.Tensor]]  # by its id: a meta tensor, and what takes its place
 _UNWRITTEN = 0xA5  # in every byte: no number that anyone stores
 
 
-def call_loaders(work: Work, undo: Undo | None, strict: bool, made: dict[int, torch.Tensor], *, check: bool) -> None:
+def call_loaders(work: Work, undo: Undo | None, strict: bool, made: Made, *, check: bool) -> None:
     """Let modules that compute on load do so, with real tensors.
 
     Args:
-        made: By `id` of a meta tensor: what takes its place wherever it stands; more is added.
+        made: What takes a meta tensor's place wherever that stands; more is added.
         check: Compare the tensors' CRCs.
 
     Raises:
@@ -123,16 +124,16 @@ def _slots(loader: OwnLoader) -> Iterator[tuple[str, dict[str, Any], str, torch.
                     yield join(path, attribute), slots, attribute, tensor
 
 
-def _give_memory(loader: OwnLoader, made: dict[int, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _give_memory(loader: OwnLoader, made: Made) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Memory for what stands on the meta device, ties kept; gives meta tensor and memory that nothing was read into."""
     given = []
     for _, slots, attribute, tensor in _slots(loader):
         if not tensor.is_meta:
             continue
         if id(tensor) not in made:
-            made[id(tensor)] = _with_memory(tensor)
-            given.append((tensor, made[id(tensor)]))
-        slots[attribute] = made[id(tensor)]
+            made[id(tensor)] = tensor, _with_memory(tensor)
+            given.append(made[id(tensor)])
+        slots[attribute] = made[id(tensor)][1]
     return given
 
 
@@ -151,7 +152,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _take_back(
     given: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    made: dict[int, torch.Tensor],
+    made: Made,
     loader: OwnLoader,
     work: Work,
     strict: bool,

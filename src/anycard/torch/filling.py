@@ -16,7 +16,7 @@ from anycard.errors import naming
 from anycard.limits import DEFAULT, Limits
 from anycard.progress import Progress, counting
 from anycard.tensors import TensorInfo, is_dense
-from anycard.torch.calling import call_loaders, check_extras, run_post_hooks, set_extras
+from anycard.torch.calling import Made, call_loaders, check_extras, run_post_hooks, set_extras
 from anycard.torch.dtypes import PLAIN, is_plain
 from anycard.torch.mapping import Mappings
 from anycard.torch.modules import walk
@@ -64,7 +64,7 @@ def fill(
     places = _allocate(work, options)
     new = verify is not False
     old = undo is None if verify is None else verify
-    made = {key: _like(own, fresh) for key, (own, fresh) in places.old.items() if own.is_meta}
+    made: Made = {key: (own, _like(own, fresh)) for key, (own, fresh) in places.old.items() if own.is_meta}
     with counting(progress, work.plan.nbytes) as done, naming(work.plan.path):
         prepare(places.new, check=new).run(done, limits=limits)
         try:
@@ -154,36 +154,43 @@ def _like(own: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(fresh, own.requires_grad) if isinstance(own, nn.Parameter) else fresh
 
 
-def _put(model: nn.Module, options: Options, places: _Places, made: dict[int, torch.Tensor], undo: Undo | None) -> None:
+def _put(model: nn.Module, options: Options, places: _Places, made: Made, undo: Undo | None) -> None:
     """Put new memory in the place of the old, ties kept; move what the file does not fill."""
     if not places.old and options.device is None and options.dtype is None:
         return
     moved: dict[int, torch.Tensor] = {}
+    changed: list[nn.Parameter] = []
     for _, _, module in walk(model):
         if undo is not None:
             undo.keep_slots(module)
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                module._parameters[name] = _put_parameter(parameter, options, places, made)
+                module._parameters[name] = _put_parameter(parameter, options, places, made, changed)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 _, fresh = places.old.get(id(buffer), (buffer, None))
                 module._buffers[name] = fresh if fresh is not None else _moved(buffer, options, moved)
+    torch.autograd.graph.increment_version(changed)  # `.data =` is nothing that autograd sees
 
 
 def _put_parameter(
-    parameter: nn.Parameter, options: Options, places: _Places, made: dict[int, torch.Tensor]
+    parameter: nn.Parameter,
+    options: Options,
+    places: _Places,
+    made: Made,
+    changed: list[nn.Parameter],
 ) -> nn.Parameter:
+    """The parameter with its new memory, or the one that takes a meta parameter's place."""
     _, fresh = places.old.get(id(parameter), (parameter, None))
-    if (new := made.get(id(parameter))) is not None:
+    _, new = made.get(id(parameter), (parameter, None))
+    if new is not None:
         assert isinstance(new, nn.Parameter)
         return new
-    if fresh is not None:
-        parameter.data = fresh
-    else:
-        held = _moved(parameter, options, {})
-        if held is not parameter:
-            parameter.data = held
+    data = fresh if fresh is not None else _moved(parameter, options, {})
+    if data is not parameter:
+        if not parameter.is_inference():  # which has no version
+            changed.append(parameter)
+        parameter.data = data
     return parameter
 
 
