@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import anycard
-from helpers import assert_same, quiet
+from helpers import Reduced, assert_same, quiet
 
 
 def saved(value: Any) -> io.BytesIO:
@@ -184,6 +184,27 @@ def test_a_quantised_claim_that_does_not_fit() -> None:
     changed.seek(0)
     with pytest.raises(anycard.FormatError, match="needs 2"):
         anycard.open(changed)
+
+
+class Named(torch.Tensor):
+    """A subclass without anything of its own."""
+
+
+@pytest.mark.parametrize("module", ["torch._tensor", "torch.tensor"])
+@pytest.mark.parametrize("function", ["_rebuild_from_type", "_rebuild_from_type_v2"])
+def test_subclasses_as_older_torch_spelt_them(module: str, function: str, tmp_path: Path) -> None:
+    """By one function or the other, in the module's old name or today's: the plain tensor."""
+    held = torch.arange(10.0)[4:6]
+    make, args = held._reduce_ex_internal(2)
+    spelt = Reduced(torch._tensor._rebuild_from_type, (make, Named, args, {}))
+    with (
+        zipfile.ZipFile(saved({"w": spelt, "b": torch.ones(3)})) as old,
+        zipfile.ZipFile(tmp_path / "x.pt", "w") as new,
+    ):
+        for name in old.namelist():
+            data = old.read(name).replace(b"torch._tensor\n_rebuild_from_type\n", f"{module}\n{function}\n".encode())
+            new.writestr(name, data)
+    assert_same(anycard.read(tmp_path / "x.pt"), {"w": held, "b": torch.ones(3)})
 
 
 # TorchScript.

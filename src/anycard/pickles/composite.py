@@ -141,13 +141,16 @@ def rebuild_on_device(budget: Budget, data: Any, dtype: Any = None, device: Any 
     return data.replace(storage=storage, requires_grad=grad is True)
 
 
+# torch.tensor was torch._tensor's name until 1.9.
+OF_TYPE = [(f"torch.{module}", f"_rebuild_from_type{end}") for module in ("_tensor", "tensor") for end in ("", "_v2")]
+_SUBCLASS = "a tensor subclass: given by the tensors that it keeps"
 _DEVICE = "a tensor of an accelerator, whose data was saved in another dtype"
 _Maker = Callable[[Budget, "tuple[Any, ...]"], "Mapping[str, Any] | None"]
 _MAKERS: dict[tuple[str, str], tuple[str, _Maker]] = {
     ("torch._utils", "_rebuild_sparse_tensor"): ("a sparse tensor: given by its indices and values", _sparse),
     ("torch._utils", "_rebuild_qtensor"): ("a quantised tensor: given by its integers and scales", _quantised),
     ("torch._utils", "_rebuild_nested_tensor"): ("a nested tensor: given by its values and sizes", _nested),
-    ("torch._tensor", "_rebuild_from_type_v2"): ("a tensor subclass: given by the tensors that it keeps", _subclass),
+    **dict.fromkeys(OF_TYPE, (_SUBCLASS, _subclass)),
     ("torch._utils", "_rebuild_device_tensor_from_numpy"): (_DEVICE, _elsewhere),
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): (_DEVICE, _elsewhere),
     ("torch._utils", "_rebuild_xla_tensor"): (_DEVICE, _elsewhere),

@@ -23,7 +23,8 @@ _TENSOR_NAMES = {
         "_rebuild_nested_tensor", "_rebuild_meta_tensor_no_storage", "_rebuild_device_tensor_from_numpy",
         "_rebuild_device_tensor_from_cpu_tensor", "_rebuild_xla_tensor", "_rebuild_wrapper_subclass",
     },
-    "torch._tensor": {"_rebuild_from_type_v2", "Tensor"},
+    "torch._tensor": {"_rebuild_from_type", "_rebuild_from_type_v2", "Tensor"},
+    "torch.tensor": {"_rebuild_from_type", "_rebuild_from_type_v2", "Tensor"},
     "torch.nn.parameter": {"Parameter", "Buffer"},
     "torch.serialization": {"_get_layout"},
     "torch.jit._script": {"unpackage_script_module"},  # TorchScript in a torch package, looked at by itself

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from anycard.errors import FormatError
 from anycard.pickles.arrays import FollowedArray, bytes_of, from_buffer, reconstruct, scalar
 from anycard.pickles.budget import Budget
-from anycard.pickles.composite import COMPOSITES, ON_DEVICE, Composite, Packed, is_packed, rebuild_on_device
+from anycard.pickles.composite import COMPOSITES, OF_TYPE, ON_DEVICE, Composite, Packed, is_packed, rebuild_on_device
 from anycard.pickles.stubs import Counted, Defaulting, Inert, Size, inert_class
 from anycard.pickles.views import INTEGERS, Built, StoredStorage, ints, sized, view
 from anycard.tensors import BY_STORAGE, DTYPES, Storage, TensorInfo, form_of
@@ -92,7 +92,7 @@ class OldTensor(Built):
 
 
 def rebuild_from_type(budget: Budget, func: Any, kind: Any, args: Any, state: Any) -> Any:
-    """torch._tensor._rebuild_from_type_v2: a tensor with attributes, or of a subclass."""
+    """torch._tensor._rebuild_from_type, and _v2: a tensor with attributes, or of a subclass."""
     known = isinstance(func, type) and issubclass(func, Inert) and (func.module, func.name) in _REBUILDS
     if not known or type(args) is not tuple:
         return NotImplemented
@@ -263,7 +263,7 @@ _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("_codecs", "encode"): encode,
     ("copyreg", "_reconstructor"): reconstructor,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): rebuild_meta,
-    ("torch._tensor", "_rebuild_from_type_v2"): rebuild_from_type,
+    **dict.fromkeys(OF_TYPE, rebuild_from_type),
     ("torch.nn.parameter", "Parameter"): parameter,
     ("torch.nn.parameter", "Buffer"): variable,
     ("torch.autograd.variable", "Variable"): variable,
