@@ -310,3 +310,49 @@ def test_two_weights_of_one_name_are_refused_when_they_are_asked_for(tmp_path):
         assert list(ckpt.tensors) == ["a.b", "a.b#2"]
     with pytest.raises(anycard.FormatError, match=r"one name, 'a\.b'"):
         anycard.read(tmp_path / "a.pt")
+
+
+def test_a_vocabulary_held_from_many_places(tmp_path):
+    """What Lightning keeps of its arguments holds it again and again: the weights are read, and it is listed."""
+    model = filled(Small(), 1)
+    vocabulary = {f"word{number}": number for number in range(60_000)}
+    tree = {"state_dict": model.state_dict(), "vocab": vocabulary, "hparams": {"vocab": vocabulary},
+            "args": {"vocab": vocabulary}, "more": [{"vocab": vocabulary}] * 3}  # fmt: skip
+    torch.save(tree, tmp_path / "a.ckpt")
+    assert_same(anycard.read(tmp_path / "a.ckpt"), weights(model))
+    assert_same(weights(anycard.load(tmp_path / "a.ckpt", Small)), weights(model))
+    with anycard.open(tmp_path / "a.ckpt") as ckpt:
+        assert ckpt.objects["vocab.word7"] == 7
+        assert ckpt.objects["args.vocab"] == "<…>"  # as before
+
+
+TREES = {
+    "below a key": lambda make, state: {"state_dict": make(state), "epoch": 3},
+    "at the top": lambda make, state: make({"state_dict": state, "epoch": 3}),
+    "everywhere": lambda make, state: make({"state_dict": make(state), "epoch": 3}),
+    "alone": lambda make, state: make(state),
+    "two": lambda make, state: {"model": make(state), "ema": make(state)},
+    "two at the top": lambda make, state: make({"model": state, "ema": make(state)}),
+    "arrays": lambda make, state: {"model": make({n: t.numpy() for n, t in state.items()}), "epoch": 3},
+    "beside an optimizer": lambda make, state: make(
+        {"model": state, "optimizer": make({"state": {0: {"m": torch.ones(1)}}, "param_groups": [{"lr": 1}]})}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Own, Easy])
+@pytest.mark.parametrize("tree", TREES)
+def test_dicts_of_ones_own_class(tmp_path, kind, tree):
+    """They give what plain dicts give, wherever they stand."""
+    model = filled(Small(), 1)
+    state = OrderedDict(weights(model))
+    for make, path in ((dict, tmp_path / "plain.pt"), (kind, tmp_path / "own.pt")):
+        torch.save(TREES[tree](make, state), path)
+    with anycard.open(tmp_path / "plain.pt") as plain, anycard.open(tmp_path / "own.pt") as own:
+        assert [(held.key, list(held.tensors)) for held in own.state_dicts] == [
+            (held.key, list(held.tensors)) for held in plain.state_dicts
+        ]
+        assert list(own.tensors) == list(plain.tensors)
+    key = "ema" if "two" in tree else None
+    assert_same(anycard.read(tmp_path / "own.pt", key=key), weights(model))
+    assert_same(weights(anycard.load(tmp_path / "own.pt", Small, key=key)), weights(model))

@@ -104,7 +104,7 @@ class Checkpoint:
     def objects(self) -> dict[str, Any]:
         """Full path -> everything else, as plain data."""
         found = self._contents
-        plain = Plain(len(found.objects), self._spelt)
+        plain = Plain(sum(not Plain.is_leaf(value) for value in found.objects.values()), self._spelt)
         return {path: plain.spelt(value, found.above.get(path, ())) for path, value in found.objects.items()}
 
     def _spelt(self, info: TensorInfo) -> Any:
@@ -118,9 +118,10 @@ class Checkpoint:
     @cached_property
     def found(self) -> Found:
         """The state dicts in the file, and levels of several taken as one."""
-        _ = self._contents  # an object without end is refused once, not at each of its levels
+        tensors = bool(self.tensors)  # an object without end is refused once, not at each of its levels
+        tree = {**self._index.tree, **self.ties} if self.ties else self._index.tree
         with naming(self.path):
-            return find_state_dicts({**self._index.tree, **self.ties} if self.ties else self._index.tree)
+            return find_state_dicts(tree, tensors=tensors)
 
     @cached_property
     def ties(self) -> dict[str, TensorInfo]:

@@ -17,6 +17,7 @@ from anycard.tensors import TensorInfo
 
 _LONG = 256  # characters of a path
 _CHARACTERS = 16 << 20  # of all paths, beyond that
+_AGAIN = "<…>"  # for what was listed before, where that would be much
 
 
 @dataclass
@@ -50,7 +51,12 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
         path, obj, above, repeated = stack.pop()
         count.one(repeated)
         if isinstance(obj, TensorInfo):
+            count.holding(above)
             _keep(found, path, obj)
+            continue
+        if count.is_listed_once(obj):
+            if id(obj) not in above:
+                found.objects[path] = _AGAIN
             continue
         children = _children(obj)
         if not children:
@@ -61,7 +67,7 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
             continue
         if len(above) > limits.depth:
             raise FormatError(f"the file's object is nested deeper than {limits.depth} levels at {path[:200]}")
-        repeated = count.again(obj) or repeated
+        repeated = count.again(obj, len(children)) or repeated
         inside = (*above, id(obj))
         if isinstance(obj, Inert) and not is_module(obj):
             found.objects[path] = obj
@@ -73,6 +79,7 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
         arrays = holds_weights(mapping_of(obj))
         if {type(child) for _, child in children} == {TensorInfo} and (arrays or not isinstance(obj, Mapping)):
             count.one(repeated, len(children))
+            count.holding(inside)
             count.below(path, children)
             held: dict[str, TensorInfo] = {join(path, n) if path else n: child for n, child in children}  # type: ignore[misc]
             if len(held) == len(children) and held.keys().isdisjoint(found.tensors):
@@ -82,6 +89,9 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
                 _keep(found, join(path, name), child)  # type: ignore[arg-type]
             continue
         for name, child in reversed(children):
+            if path in found.above and count.is_listed_once(child):
+                count.one(False)  # what holds it is listed with all that is in it
+                continue
             below = count.path(join(path, name))
             if isinstance(child, TensorInfo) and child.is_array and not arrays:
                 found.objects[below] = child
@@ -120,13 +130,27 @@ class _Count:
         self._nodes = 0
         self._repeats = 0
         self._characters = 0
-        self._seen: set[int] = set()
+        self._seen: dict[int, int] = {}
+        self._holding: set[int] = set()
 
     def one(self, repeated: bool, parts: int = 1) -> None:
         self._nodes += parts
         self._repeats += repeated * parts
         if self._nodes > self._limits.nodes or self._repeats > self._limits.repeats:
             raise FormatError("the file's object has more parts than anything real (a bomb?)")
+
+    def holding(self, above: tuple[int, ...]) -> None:
+        """These hold a tensor."""
+        for held in reversed(above):
+            if held in self._holding:
+                return
+            self._holding.add(held)
+
+    def is_listed_once(self, obj: object) -> bool:
+        """It holds no tensors, was listed before, and not much more may be listed again."""
+        parts = self._seen.get(id(obj))
+        known = parts is not None and id(obj) not in self._holding
+        return known and self._repeats + (parts or 0) > self._limits.repeats // 4
 
     def path(self, path: str) -> str:
         """The same path, counted when it is made: a dict's entries are many."""
@@ -145,10 +169,10 @@ class _Count:
         if self._characters > _CHARACTERS:
             raise FormatError(f"the paths of the file's object are longer than anything real: {path[:200]}…")
 
-    def again(self, obj: object) -> bool:
+    def again(self, obj: object, parts: int) -> bool:
         """It was met before: what lies below counts as repeated."""
         known = id(obj) in self._seen
-        self._seen.add(id(obj))
+        self._seen[id(obj)] = parts
         return known
 
 
@@ -175,6 +199,9 @@ def _numbered(held: Iterable[object]) -> list[tuple[str, object]]:
 
 def _apart(children: Iterable[tuple[str, object]]) -> list[tuple[str, object]]:
     """What an object holds twice by one name (an attribute that is a key as well) once, all else by its own."""
+    children = list(children)
+    if len({name for name, _ in children}) == len(children):
+        return children
     held: dict[str, object] = {}
     apart = Apart()
     for name, value in children:

@@ -30,11 +30,12 @@ def module_state(obj: object) -> Mapping[str, Any] | None:
     if not isinstance(obj, Inert):
         return None
     state: object = obj.state
-    if isinstance(state, tuple) and state and isinstance(state[0], dict):
-        state = state[0]
-    if _is_state(state):
-        return state
-    return _once(obj, "state", _given_state) if obj.called else None
+    if state is not None:
+        if isinstance(state, tuple) and state and isinstance(state[0], dict):
+            state = state[0]
+        if _is_state(state):
+            return state
+    return _once(obj, "state", _given_state) if obj.called and obj.args else None
 
 
 def _once(obj: Inert, what: str, look: Callable[[Inert], Any]) -> Any:

@@ -14,7 +14,7 @@ from anycard.tensors import TensorInfo
 
 _DEEPEST = 50
 _MOST = 10_000  # parts of one object that are spelt out
-_ALLOWANCE = 200_000  # parts of all objects of a file, and a few more for each
+_ALLOWANCE = 200_000  # parts of all objects of a file, and one more for each that has any
 _ELEMENTS = 1_000_000  # of all arrays; those of a pickle can share their bytes
 
 
@@ -30,16 +30,21 @@ class Plain:
     where parts come up again and again, later ones are `<…>`.
 
     Args:
-        objects: How many there are.
+        objects: How many there are that are no plain values.
         array: Spells out an array beside the weights.
     """
 
     def __init__(self, objects: int, array: Callable[[TensorInfo], Any] | None = None) -> None:
-        self._all = _ALLOWANCE + 8 * objects
+        self._all = _ALLOWANCE + objects
         self._left = 0
         self._elements = _ELEMENTS
         self._array = array
         self._known: dict[int, Any] = {}
+
+    @staticmethod
+    def is_leaf(value: Any) -> bool:
+        """It is plain as it is."""
+        return value is None or isinstance(value, (bool, int, float, str, bytes, complex, TensorInfo))
 
     def spelt(self, value: Any, above: tuple[int, ...] = ()) -> Any:
         """One object.
@@ -68,7 +73,7 @@ class Plain:
         return known if self._all > 0 else "<…>"
 
     def of(self, value: Any, above: frozenset[int]) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str, bytes, complex, TensorInfo)):
+        if self.is_leaf(value):
             return value
         if isinstance(value, type):
             return f"<{getattr(value, 'module', '?')}.{getattr(value, 'name', value.__name__)}>"

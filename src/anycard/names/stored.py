@@ -93,15 +93,18 @@ class Found:
     unions: list[StateDict] = field(default_factory=list)
 
 
-def find_state_dicts(tree: object) -> Found:
+def find_state_dicts(tree: object, *, tensors: bool) -> Found:
     """The state dicts that a file holds.
+
+    Args:
+        tensors: There are any tensors in it.
 
     Raises:
         FormatError: The object is beyond what is real (see `contents`).
     """
     found = Found()
     _descend(tree, "", found, depth=0, known=True)
-    if not found.dicts and contents(tree).tensors:
+    if tensors and not found.dicts:
         found.dicts.append(_from_mapping(tree, ""))
     return found
 
