@@ -6,6 +6,7 @@ import gzip
 import io
 import lzma
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -171,3 +172,17 @@ def test_quantised_tensors_are_listed_by_their_parts(tmp_path: Path) -> None:
     with anycard.open(folder) as ckpt:
         assert bits(torch.from_numpy(ckpt.numpy("q.int_repr"))) == bits(quantised.int_repr())
         assert ckpt.objects["q.scale"] == 0.5 and ckpt.objects["q.zero_point"] == 3
+
+
+def test_an_entry_that_is_a_deflated_zip(tmp_path: Path) -> None:
+    """A well-formed archive of another writer within the packing: read, and damage in it found."""
+
+    def deflated(data: bytes) -> bytes:
+        out = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+        return gzip.compress(out.getvalue())
+
+    want = {"w": torch.arange(400.0).reshape(20, 20)}
+    assert_same(anycard.read(packed(tmp_path / "dcp", want, Packed("gzip", deflated))), want)

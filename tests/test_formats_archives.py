@@ -296,6 +296,28 @@ def test_export_with_pickled_weights(tmp_path: Path) -> None:
         assert caught.value.offset is not None
 
 
+@pytest.mark.parametrize("lie", ["a number", "pickled", "old"])
+def test_export_that_lies(lie: str, tmp_path: Path) -> None:
+    """A device whose number is none; archives within it that are no torch files: an error that says so."""
+    inner, number = io.BytesIO(), "1e999" if lie == "a number" else "null"
+    with zipfile.ZipFile(inner, "w") as held:
+        held.writestr("archive/data/weights/model_weights_config.json", "{}")
+    meta: dict[str, Any] = {
+        "dtype": 7, "sizes": [{"as_int": 1}], "requires_grad": False, "device": {"type": "cuda", "index": None},
+        "strides": [{"as_int": 1}], "storage_offset": {"as_int": 0}, "layout": 7,
+    }  # fmt: skip
+    entry = {"path_name": "w0", "is_param": True, "use_pickle": lie == "pickled", "tensor_meta": meta}
+    config = json.dumps({"config": {"w": entry}}).replace('"index": null', f'"index": {number}')
+    with zipfile.ZipFile(tmp_path / "x.pt2", "w") as held:
+        if lie == "old":
+            held.writestr("serialized_state_dict.pt", inner.getvalue())
+        else:
+            held.writestr("x/data/weights/model_weights_config.json", config)
+            held.writestr("x/data/weights/w0", inner.getvalue() if lie == "pickled" else b"\0\0\x80?")
+    with pytest.raises(anycard.FormatError, match="does not describe tensors" if lie == "a number" else r"data\.pkl"):
+        anycard.read(tmp_path / "x.pt2")
+
+
 def test_export_damaged(tmp_path: Path) -> None:
     """Fuzzed by position."""
     with quiet():

@@ -72,10 +72,11 @@ class Unpacker(Source):
 
 
 def _check(storage: Storage) -> None:
-    """The checksum of what was inflated, which is about to be read."""
+    """The checksum of what was inflated, which is about to be read; a deflated record is checked as it is."""
+    if storage.source is None or storage.offset is None:
+        return
     crc = 0
-    for start in range(0, storage.nbytes if storage.source is not None else 0, _PIECE):
-        assert storage.source is not None and storage.offset is not None
+    for start in range(0, storage.nbytes, _PIECE):
         crc = zlib_ng.crc32(storage.source.read(storage.offset + start, min(_PIECE, storage.nbytes - start)), crc)
     if storage.crc is not None and crc != storage.crc:
         raise FormatError("a packed entry is damaged: the CRC-32 of what is in it does not match")

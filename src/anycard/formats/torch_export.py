@@ -145,7 +145,10 @@ class _Payloads:
         return view(storage, dtype, start, size, stride, requires_grad=meta["requires_grad"] is True)
 
     def _storage(self, record: Record | None, key: str, device: dict[str, Any]) -> Storage:
-        tag = str(device["type"])[:40] + ("" if device.get("index") is None else f":{int(device['index'])}")
+        index = device.get("index")
+        if type(index) not in (int, type(None)):
+            raise TypeError("a device's number is none")
+        tag = f"{device['type']}"[:40] + ("" if index is None else f":{index}"[:40])
         if record is None:
             return Storage(key, 0, tag, data=b"")
         return torch_zip.storage_of(self._archive, record, key, tag, self._big)

@@ -157,9 +157,10 @@ class Archive:
         return {n[skip:]: r for n, r in self.records.items() if _folded(n).startswith(self._folder)}
 
     def record(self, name: str) -> Record:
-        """The same, of a record that is known to be there."""
+        """The same, of a record that has to be there."""
         found = self.find(name)
-        assert found is not None
+        if found is None:
+            raise FormatError(f"the archive has no record {short(name)!r}", offset=0)
         return found
 
     def big_endian(self) -> bool:
