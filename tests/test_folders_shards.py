@@ -304,3 +304,17 @@ def test_member_of_a_single_file(tmp_path: Path) -> None:
     torch.save(weights(net()), tmp_path / "a.pth")
     with pytest.raises(ChoiceError, match="member="):
         anycard.read(tmp_path / "a.pth", member="x")
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors.index.fp16.json", "pytorch_model.bin.index.ema.json"])
+def test_the_index_of_a_variant(tmp_path: Path, kind: str) -> None:
+    """As diffusers and transformers call it: the index leads to its shards."""
+    want = weights(filled(net()))
+    stem, suffix, _, variant, _ = kind.split(".")
+    names = {}
+    for number, (name, tensor) in enumerate(want.items(), 1):
+        names[name] = f"{stem}.{variant}-{number:05}-of-{len(want):05}.{suffix}"
+        (save_file if suffix == "safetensors" else torch.save)({name: tensor}, tmp_path / names[name])
+    (tmp_path / kind).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    assert_same(anycard.read(tmp_path / kind), want)
+    assert_same(anycard.read(tmp_path), want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any, NamedTuple
 
 from anycard.disk.folder import Folder, home_of
@@ -65,9 +66,9 @@ _TAR = "anycard.formats.legacy_tar"  # a tar, told by its members
 _HOLDERS = "anycard.formats.holders"  # files that hold checkpoints
 # A file of a checkpoint that is several files, told by its name: it leads to its folder.
 _PARTS = (
-    (".index.json", "anycard.formats.shards"),
-    (".metadata", "anycard.formats.dcp"),
-    (".distcp", "anycard.formats.dcp"),
+    # Of a variant too: model.safetensors.index.fp16.json.
+    (re.compile(r"\.index\.json$|\.(safetensors|bin)\.index\.[^./\\]+\.json$"), "anycard.formats.shards"),
+    (re.compile(r"\.metadata$|\.distcp$"), "anycard.formats.dcp"),
 )
 _KNOWN = (
     (b"version https://git-lfs", "a Git LFS pointer: the file itself was not fetched. Run `git lfs pull`."),
@@ -146,7 +147,7 @@ def _legacy(head: bytes) -> bool:
 
 def _part(source: Source) -> Any:
     """The module of the format whose folder the file is a part of, or None."""
-    module = next((module for suffix, module in _PARTS if source.name.endswith(suffix)), None)
+    module = next((module for name, module in _PARTS if name.search(source.name)), None)
     found = None if module is None else importlib.import_module(module)
     return found if found is not None and found.is_part(source) else None
 
