@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import anycard
@@ -284,3 +285,25 @@ def test_a_model_without_tensors_is_said(tmp_path: Path) -> None:
         torch.jit.save(torch.jit.script(nn.ReLU()), tmp_path / "x.pt")
     with pytest.warns(UserWarning, match="no tensors"):
         assert anycard.read(tmp_path / "x.pt") == {}
+
+
+# safetensors.
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 4), (0,), (2, 0)])
+def test_two_numbers_to_a_byte(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """The header counts them one by one, torch by twos: what its own library reads."""
+    kind = getattr(torch, "float4_e2m1fn_x2", None)
+    if kind is None:
+        pytest.skip("a torch without it")
+    held = torch.randint(256, shape, dtype=torch.uint8).view(kind)
+    save_file({"x": held, "y": torch.ones(3)}, tmp_path / "x.safetensors")
+    assert_same(anycard.read(tmp_path / "x.safetensors"), load_file(tmp_path / "x.safetensors"))
+    assert_same(anycard.read(tmp_path / "x.safetensors"), {"x": held, "y": torch.ones(3)})
+
+
+def test_metadata_that_is_null(tmp_path: Path) -> None:
+    """The library takes it for none."""
+    text = b'{"__metadata__":null,"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0\x80?")
+    assert_same(anycard.read(tmp_path / "x.safetensors"), load_file(tmp_path / "x.safetensors"))

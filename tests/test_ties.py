@@ -248,3 +248,14 @@ def test_a_second_name_that_safetensors_metadata_keeps_for_itself(tmp_path, seco
             assert ckpt.marked and ckpt.metadata["format"] == "pt"
         assert anycard.verify(tmp_path / name).checked
     assert anycard.diff(tmp_path / "a.pt", tmp_path / "b.safetensors").equal
+
+
+NOTES = {"target": "weight", "best": "head.weight", "note": "text", "format": "pt"}
+
+
+def test_notes_that_name_a_tensor_are_no_ties(tmp_path):
+    """Anyone may write metadata beside a tensor's name; a tie is called the same in two modules."""
+    held = {"weight": torch.ones(2), "head.weight": torch.zeros(3), "block.w1": torch.ones(1)}
+    ties = {"embed.weight": "head.weight", "block.w2": "block.w1"}
+    save_file(held, tmp_path / "a.safetensors", metadata={**NOTES, **ties})
+    assert_same(anycard.read(tmp_path / "a.safetensors"), {**held, **{name: held[kept] for name, kept in ties.items()}})

@@ -310,7 +310,8 @@ BAD = {
     "twice": header(f'{{"a":{entry(0, 2)},"a":{entry(0, 2)}}}', b"xy"),
     "NaN": header('{"a":NaN}'),
     "no valid JSON": header("[" * 100_000),
-    "'F4' has less": header(f'{{"a":{entry(0, 1, "F4")}}}', b"x"),
+    "'F6_E2M3' has less": header(f'{{"a":{entry(0, 1, "F6_E2M3")}}}', b"x"),
+    "no whole number": header(f'{{"a":{entry(0, 1, "F4", "[3]")}}}', b"x"),
     "'Q9' is not known": header(f'{{"a":{entry(0, 1, "Q9")}}}', b"x"),
     "overlaps": header(f'{{"a":{entry(0, 2)},"b":{entry(1, 3)}}}', b"xyz"),
     "leaves a hole": header(f'{{"a":{entry(0, 2)},"b":{entry(3, 5)}}}', b"xyzab"),
@@ -320,6 +321,7 @@ BAD = {
     "promised": header(f'{{"a":{entry(0, 2)}}}', b"x"),
     "no tensor owns": header(f'{{"a":{entry(0, 2)}}}', b"xyz"),
     "from text to text": header('{"__metadata__":{"a":1}}'),
+    "is not a map": header('{"__metadata__":[]}'),
     "lacks dtype": header('{"a":{"shape":[]}}'),
 }
 

@@ -129,8 +129,13 @@ class Checkpoint:
         tree = self._index.tree
         if self.format not in ("safetensors", "sharded safetensors"):
             return {}
-        pairs = [(name, kept) for name, kept in self._index.metadata.items() if isinstance(kept, str)]
-        return {name: tree[kept] for name, kept in pairs if kept in tree and name not in tree and name != "format"}
+        told = self.marked or self.format == "sharded safetensors"  # an index is no place for notes of anyone's own
+        pairs = [(name, kept) for name, kept in self._index.metadata.items() if isinstance(kept, str) and kept in tree]
+        return {
+            name: tree[kept]
+            for name, kept in pairs
+            if name not in tree and name != "format" and (told or _like_a_tie(name, kept))
+        }
 
     def chosen(self, key: str | None = None) -> StateDict:
         """The one state dict that is meant; ChoiceError where none or several could be."""
@@ -223,6 +228,17 @@ def open_checkpoint(
     except BaseException:
         source.close()
         raise
+
+
+def _like_a_tie(name: str, kept: str) -> bool:
+    """Two names of one parameter, as `safetensors.torch.save_model` writes them among anyone's own metadata.
+
+    Nothing else tells them from a note that happens to name a tensor: a tied parameter is called the same in two
+    modules, or has two names in one.
+    """
+    module, _, own = name.rpartition(".")
+    kept_module, _, kept_own = kept.rpartition(".")
+    return own == kept_own or (bool(module) and module == kept_module)
 
 
 def tensor_bytes(info: TensorInfo, limits: Limits = DEFAULT) -> memoryview:

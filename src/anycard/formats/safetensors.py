@@ -18,14 +18,16 @@ from anycard.errors import FormatError
 from anycard.formats.index import Index
 from anycard.limits import Limits
 from anycard.pickles.brief import brief
-from anycard.tensors import BY_SAFETENSORS, Form, Storage, TensorInfo, form_of
+from anycard.tensors import BY_SAFETENSORS, DTYPES, Form, Storage, TensorInfo, form_of
 
 FINGERPRINT = "anycard.fingerprint"
 OURS = "anycard"
 KEPT = frozenset(("format", OURS, FINGERPRINT))  # keys of the metadata that cannot be a tied tensor's second name
 HEADER_MOST = 100_000_000  # the limit of the safetensors library itself
 _MOST = 1 << 62  # bytes and sizes
-_SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
+_SUB_BYTE = ("F6_E2M3", "F6_E3M2")
+_FOUR_BITS = "F4"  # float4_e2m1fn_x2: two to an element, which the header counts one by one
+_ROWS = {**BY_SAFETENSORS, _FOUR_BITS: DTYPES["float4_e2m1fn_x2"]}
 _Shape = tuple[int, ...]
 _SIZE = r"(0|[1-9][0-9]{0,18})"  # as JSON has integers, of those that can be
 # An entry as the safetensors library and anycard spell it, with what follows.
@@ -134,7 +136,8 @@ def _parsed(data: bytes, start: int, limits: Limits) -> tuple[dict[str, str], _C
         raise FormatError(f"the header is no valid JSON: {error}", offset=8) from None
     if not isinstance(header, dict):
         raise FormatError("the header is no JSON object", offset=8)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not _is_metadata(metadata):
         raise FormatError("__metadata__ is not a map from text to text", offset=8)
     try:
@@ -197,10 +200,20 @@ def _tensors(columns: _Columns, source: Source, start: int, limits: Limits) -> d
 
 def _form(code: str, shape: _Shape, limits: Limits) -> Form:
     """A tensor's form; KeyError or ValueError for what no tensor has."""
-    row = BY_SAFETENSORS[code]
+    row = _ROWS[code]
     if len(shape) > limits.rank:
         raise ValueError
-    return form_of(row.name, shape)
+    return form_of(row.name, _of_elements(code, shape))
+
+
+def _of_elements(code: str, shape: Sequence[int]) -> _Shape:
+    """The shape as torch has it; ValueError where half an element would be left."""
+    if code != _FOUR_BITS:
+        return tuple(shape)
+    *outer, last = shape
+    if last % 2:
+        raise ValueError
+    return (*outer, last // 2)
 
 
 def _entry(kind: tuple[str, _Shape], begin: int, end: int) -> dict[str, Any]:
@@ -221,7 +234,7 @@ def _refuse(name: str, entry: Any, start: int, limits: Limits) -> None:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise FormatError(f"{name}: its entry lacks dtype, shape or data_offsets", offset=8, name=name) from None
-    row = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
+    row = _ROWS.get(code) if isinstance(code, str) else None
     if row is None:
         why = "has less than a byte per element, which no tensor of torch has" if code in _SUB_BYTE else "is not known"
         raise FormatError(f"{name}: dtype {brief(code)} {why}", offset=8, name=name)
@@ -230,7 +243,10 @@ def _refuse(name: str, entry: Any, start: int, limits: Limits) -> None:
             raise FormatError(f"{name}: its shape or offsets are no non-negative integers", offset=8, name=name)
     if len(shape) > limits.rank:
         raise FormatError(f"{name}: {len(shape):,} dimensions are too many", offset=8, name=name)
-    nbytes = math.prod(shape) * row.itemsize
+    try:
+        nbytes = math.prod(_of_elements(code, shape)) * row.itemsize
+    except ValueError:
+        raise FormatError(f"{name}: {shape} of F4 is no whole number of bytes", offset=8, name=name) from None
     if nbytes != end - begin:
         raise FormatError(
             f"{name}: {row.name}, {shape} needs {nbytes:,} bytes, its range has {end - begin:,}",
