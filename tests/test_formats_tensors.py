@@ -307,3 +307,17 @@ def test_metadata_that_is_null(tmp_path: Path) -> None:
     text = b'{"__metadata__":null,"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0\x80?")
     assert_same(anycard.read(tmp_path / "x.safetensors"), load_file(tmp_path / "x.safetensors"))
+
+
+# Views.
+
+
+def test_views_that_are_far_more_than_what_is_stored(tmp_path: Path) -> None:
+    """Each within its bound, all together beyond it: refused before memory is taken; one alone is made."""
+    one = torch.ones(1)
+    torch.save({f"t{number}": one.expand((1 << 28) - number) for number in range(3)}, tmp_path / "x.pt")
+    with pytest.raises(anycard.FormatError, match="claimed from 4 stored"):
+        anycard.read(tmp_path / "x.pt")
+    few = {"a": one.expand(1000), "b": one.expand(1001), "tied": one}
+    torch.save(few, tmp_path / "y.pt")
+    assert_same(anycard.read(tmp_path / "y.pt"), few)

@@ -13,6 +13,7 @@ import torch
 
 import anycard
 from anycard.checkpoint import as_numpy
+from anycard.containers import inflated
 from anycard.containers.zip_directory import read_directory
 from anycard.disk.source import StreamSource
 from anycard.errors import FormatError
@@ -78,6 +79,21 @@ def test_deflated_storages() -> None:
     broken[record.offset + record.stored_nbytes // 2] ^= 0x55
     with pytest.raises(FormatError, match="damaged"):
         as_numpy(index(bytes(broken)).tree["b"])
+
+
+def test_views_of_a_large_deflated_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is inflated twice at most, however many views there are, and not into memory."""
+    monkeypatch.setattr(inflated, "_MOST_KEPT", 1_000)
+    rounds: list[str] = []
+    pieces = inflated.Inflated._pieces
+    monkeypatch.setattr(inflated.Inflated, "_pieces", lambda self: rounds.append("") or pieces(self))
+    whole = torch.arange(10_000)
+    views = {f"v{number}": whole[9_000 - 100 * number :][:50] for number in range(90)}
+    data = rezip(saved(views), lambda n, b: [(n, b)], zipfile.ZIP_DEFLATED)
+    with anycard.open(io.BytesIO(data)) as ckpt:
+        rounds.clear()
+        assert all(torch.equal(ckpt.torch(name), view) for name, view in views.items())
+    assert len(rounds) == 2
 
 
 def test_trailing_data() -> None:

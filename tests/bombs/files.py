@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import pickle
 import struct
 import zipfile
 import zlib
 
-from bombs.making import DAG, FLOATS, ints, num, pid, refused, tensor, text, torch_zip
+from bombs.making import DAG, FLOATS, ints, num, pid, read, refused, tensor, text, torch_zip
 
 
 @refused
@@ -108,3 +110,48 @@ def legacy_view_is_a_tree() -> bytes:
 def legacy_magic_is_a_tree() -> bytes:
     good = legacy(b"N", b"]")
     return good[:40].replace(pickle.dumps(1001, 2), DAG + b".") + good[40:]
+
+
+MANY = b"\x80\x02(" + b"N0" * 100_000 + b"t."  # steps that leave nothing
+
+
+def _zipped(held: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, body in held.items():
+            archive.writestr(f"archive/{name}", body)
+    return out.getvalue()
+
+
+@read
+def pickled_weight_of_many_names() -> bytes:
+    """One record of a .pt2, which each name would read anew."""
+    meta = {"dtype": 7, "sizes": [], "strides": [], "storage_offset": {"as_int": 0}, "layout": 7,
+            "requires_grad": False, "device": {"type": "cpu", "index": None}}  # fmt: skip
+    entry = {"path_name": "w0", "is_param": True, "use_pickle": True, "tensor_meta": meta}
+    config = json.dumps({"config": {f"w{number}": entry for number in range(500)}}).encode()
+    inner = _zipped({"data.pkl": MANY, "version": b"3"})
+    return _zipped({"data/weights/model_weights_config.json": config, "data/weights/w0": inner})
+
+
+@read
+def script_module_of_many_ids() -> bytes:
+    """One script module of a package, by as many persistent ids."""
+    call = b"ctorch.jit\nunpackage_script_module\n" + text("0") + b"\x85tQ"
+    ids = (b"(" + text("reduce_package") + num(number) + call for number in range(500))
+    module = b"\x80\x02c__torch__\nM\n)\x81}" + text("a") + MANY[2:-1] + b"sb."
+    return _zipped(
+        {
+            ".data/extern_modules": b"",
+            ".data/ts_code/0/data.pkl": module,
+            "m/model.pkl": b"\x80\x02](" + b"".join(ids) + b"e.",
+        }
+    )
+
+
+@read
+def script_names_without_an_end() -> bytes:
+    """Each quote in a class's head could begin a name that goes on to the end of the line."""
+    head = b"class M(Module):\n  __parameters__ = [" + b'\\"' * 60_000 + b"\\\n"
+    module = b"\x80\x02c__torch__\nM\n)\x81}" + text("a") + b"K\x01sb."
+    return _zipped({"data.pkl": module, "constants.pkl": b"\x80\x02).", "code/__torch__.py": head})

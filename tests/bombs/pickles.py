@@ -386,3 +386,9 @@ def long_tuple_as_sizes_over_and_over() -> bytes:
 def size_as_a_key() -> bytes:
     """A torch.Size is a tuple: hashing it visits all that it holds."""
     return torch_zip(b"\x80\x02}ctorch\nSize\n" + DAG + b"\x85RNs.")
+
+
+@refused
+def empty_sets() -> bytes:
+    """Two hundred bytes for one, and for a thirtieth of one where the pickle is deflated."""
+    return torch_zip(b"\x80\x04(" + b"\x8f" * 2_000_000 + b"t.")

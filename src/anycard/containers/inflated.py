@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from zlib_ng import zlib_ng
 
 from anycard.containers.zip_directory import Record
 from anycard.disk.source import Source
+from anycard.disk.temporary import TemporarySource
 from anycard.errors import FormatError
 
 _PIECE = 1 << 20
@@ -17,22 +19,35 @@ _MOST_KEPT = 64 << 20  # what any archive may inflate to
 
 
 class Kept:
-    """The last records of an archive that were sliced more than once, inflated: a storage may have many views."""
+    """The records of an archive that were sliced more than once, inflated: a storage may have many views.
+
+    The last ones in memory; those that are too large for that in files without a name.
+    """
 
     def __init__(self) -> None:
         self._held: dict[str, bytearray] = {}
+        self._files: dict[str, TemporarySource] = {}
         self._asked: set[str] = set()
         self._lock = threading.Lock()
 
     def get(self, record: Record) -> bytearray | None:
-        """Its bytes, if they are kept."""
+        """Its bytes, if they are kept in memory."""
         return self._held.get(record.name)
 
     def wants(self, record: Record) -> bool:
-        """It was asked for before, and is not too large to be kept."""
+        """It was asked for before."""
         again = record.name in self._asked
         self._asked.add(record.name)
-        return again and record.nbytes <= _MOST_KEPT
+        return again
+
+    def file(self, record: Record, pieces: Callable[[], Iterator[bytes]]) -> TemporarySource:
+        """The file that it is kept in."""
+        with self._lock:
+            if record.name not in self._files:
+                made = TemporarySource(record.name, pieces(), record.stored_nbytes)
+                self._files[record.name] = made
+                weakref.finalize(self, made.close)
+            return self._files[record.name]
 
     def put(self, record: Record, data: bytearray) -> None:
         """Keep it, instead of those that were kept first."""
@@ -65,9 +80,17 @@ class Inflated:
             return self._slice(start, stop)
         data = self._kept.get(self._record)
         if data is None and self._kept.wants(self._record):
+            if self._record.nbytes > _MOST_KEPT:
+                return self._large(start, stop)
             data = self._slice(0, self._record.nbytes)
             self._kept.put(self._record, data)
         return self._slice(start, stop) if data is None else data[start:stop]
+
+    def _large(self, start: int, stop: int) -> bytearray:
+        """Of a record that memory is not taken for: a small part is read from a file, a large one inflated anew."""
+        if self._kept is None or stop - start > self._record.nbytes // 4:
+            return self._slice(start, stop)
+        return bytearray(self._kept.file(self._record, self.pieces).read(start, max(stop - start, 0)))
 
     def _slice(self, start: int, stop: int) -> bytearray:
         held = bytearray()

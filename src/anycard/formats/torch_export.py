@@ -96,6 +96,7 @@ class _Payloads:
         self._archive = archive
         self._big = archive.big_endian()
         self._storages: dict[str, Storage] = {}
+        self._pickled: dict[str, Any] = {}
 
     def program(self, name: str) -> Inert:
         """One exported program."""
@@ -127,7 +128,9 @@ class _Payloads:
         if meta is None:  # an object of a class of its own
             return inert_class("torch.export", "custom_object")()
         if entry["use_pickle"] and record is not None:
-            value = _torch_file(self._archive, record)
+            if record.name not in self._pickled:
+                self._pickled[record.name] = _torch_file(self._archive, record)
+            value = self._pickled[record.name]
             return value.replace(parameter=entry["is_param"] is True) if isinstance(value, TensorInfo) else value
         return self._tensor(record, folder + path, meta, nbytes).replace(parameter=entry["is_param"] is True)
 

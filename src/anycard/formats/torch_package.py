@@ -23,12 +23,13 @@ def read_index(archive: Archive) -> Index:
         FormatError: Damaged, or without a pickle.
     """
     storages = Storages(archive, ".data/", ".storage")
+    modules: dict[str, Any] = {}
     found: dict[str, Any] = {}
     for name, record in archive.below().items():
         if name.startswith(".data/") or name.endswith(".py") or not _begins_a_pickle(archive, record):
             continue
         data = index_bytes(archive, record)
-        ids = _Ids(archive, storages)
+        ids = _Ids(archive, storages, modules)
         try:
             found[name] = read_pickle(data, persistent_load=ids.load, limits=archive.limits, base=record.offset)[0]
         except FormatError:
@@ -47,20 +48,26 @@ def _begins_a_pickle(archive: Archive, record: Record) -> bool:
 
 
 class _Ids:
-    """Persistent ids: storages, and calls that packages make of objects of their own (`reduce_package`)."""
+    """Persistent ids: storages, and calls that packages make of objects of their own (`reduce_package`).
 
-    def __init__(self, archive: Archive, storages: Storages) -> None:
+    Args:
+        modules: Script modules by their numbers, each read once for all pickles of the package.
+    """
+
+    def __init__(self, archive: Archive, storages: Storages, modules: dict[str, Any]) -> None:
         self._archive = archive
         self._storages = storages
         self._reduced: dict[Any, Any] = {}
+        self._modules = modules
 
     def _call(self, func: Any, args: tuple[Any, ...]) -> Any:
         """An inert call, or the script module that stands in the package."""
         known = isinstance(func, type) and issubclass(func, Inert)
         if known and func.name == "unpackage_script_module" and args and type(args[0]) is str:
-            module = read_packaged(self._archive, args[0])
-            if module is not None:
-                return module
+            if args[0] not in self._modules:
+                self._modules[args[0]] = read_packaged(self._archive, args[0])
+            if self._modules[args[0]] is not None:
+                return self._modules[args[0]]
         return (func if known else inert_class("torch.package", "reduced"))(*args)
 
     def load(self, pid: Any) -> Any:

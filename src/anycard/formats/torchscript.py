@@ -22,7 +22,7 @@ _MOST_CODE = 256 << 20  # bytes of code that are looked at
 _MOST_LINE = 1_000
 _CLASS = re.compile(r"^class (\w+)\((\w*)\):\s*$")
 _WORDS = {"None": None, "True": True, "False": False}
-_NAMES = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_NAMES = re.compile(r'"((?:[^"\\]|\\.)*)("|\\?$)')  # to the end where one is not closed, so that each is passed once
 _FINAL = re.compile(r"^  (\w+) : Final\[.*\] = (.+)$")
 
 
@@ -44,12 +44,16 @@ class _Class:
         if len(line) > _MOST_LINE and not line.startswith("  __"):
             return
         if line.startswith("  __parameters__ = ["):
-            self.parameters = _NAMES.findall(line)
+            self.parameters = _names(line)
         elif line.startswith("  __buffers__ = ["):
-            self.buffers = _NAMES.findall(line)
+            self.buffers = _names(line)
         elif found := _FINAL.match(line):
             with contextlib.suppress(ValueError):
                 self.final[found[1]] = _literal(found[2])
+
+
+def _names(line: str) -> list[str]:
+    return [name for name, end in _NAMES.findall(line) if end == '"']
 
 
 def _literal(text: str) -> Any:

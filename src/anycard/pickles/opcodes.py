@@ -21,6 +21,7 @@ STEPS: dict[int, Callable[[Machine], None]] = {}
 # Python prints integers of up to 4,300 digits, which are 1,785 bytes; nothing longer may reach a message.
 _MOST_INT = 1_700
 _MOST_DIGITS = 4_300
+_SET = 8  # parts that an empty set counts as: it takes more memory than other containers, for one byte of a pickle
 _ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|[0-7]{1,3}|.)", re.DOTALL)
 _ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b", b"f": b"\f", b"v": b"\v"}
 
@@ -81,6 +82,11 @@ def _bytearray(m: Machine) -> bytearray:
     if m.budget.embedded is not None:
         m.budget.embedded.note(made, len(made), m.pos - len(made))
     return made
+
+
+def _empty_set(m: Machine) -> set[Any]:
+    m.budget.spend(_SET)
+    return set()
 
 
 def _text(m: Machine) -> Any:
@@ -144,7 +150,7 @@ _push(b"\x8d", lambda m: m.take(m.number(8)).decode("utf-8", "surrogatepass"))
 _push(b"]", lambda m: [])
 _push(b"}", lambda m: _empty_dict(m))
 _push(b")", lambda m: ())
-_push(b"\x8f", lambda m: set())
+_push(b"\x8f", _empty_set)
 _push(b"l", lambda m: m.popmark())
 _push(b"t", lambda m: tuple(m.popmark()))
 _push(b"\x91", lambda m: m.frozen(m.popmark()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
@@ -290,11 +290,16 @@ def _say_what_went(ckpt: Checkpoint, key: str | None) -> None:
 
 
 def read_all(tensors: Mapping[str, TensorInfo], path: str, progress: Progress = None) -> dict[str, torch.Tensor]:
-    """New tensors for all; tied ones are read once and share memory."""
+    """New tensors for all; tied ones are read once and share memory.
+
+    Raises:
+        FormatError: Bytes are not there or damaged, or all tensors together are far more than what is stored.
+    """
     made: dict[object, torch.Tensor] = {}
     fills = []
     result = {}
     with counting(progress, sum(info.nbytes for info in tensors.values())) as done, naming(path):
+        _refuse_more_than_stored(tensors.values(), DEFAULT)
         for name, info in tensors.items():
             place = info.place
             if place not in made:
@@ -310,6 +315,17 @@ def read_all(tensors: Mapping[str, TensorInfo], path: str, progress: Progress = 
             result[name] = made[place]
         prepare(Fills.of(fills)).run(done)
     return result
+
+
+def _refuse_more_than_stored(infos: Collection[TensorInfo], limits: Limits) -> None:
+    """Views that overlap or have strides of 0: what they come to is bounded together, as it is for each."""
+    infos = [info for info in infos if not info.storage.missing]
+    stored = sum({id(info.storage): info.storage.nbytes for info in infos}.values()) + limits.expanded_nbytes
+    claimed = sum(info.form.nbytes for info in infos)
+    if claimed > stored:
+        claimed = sum({info.place: info.form.nbytes for info in infos}.values())
+    if claimed > stored:
+        raise FormatError(f"tensors of {claimed:,} bytes are claimed from {stored - limits.expanded_nbytes:,} stored")
 
 
 def materialise(value: Any) -> Any:
