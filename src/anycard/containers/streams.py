@@ -11,13 +11,17 @@ from anycard.disk.source import Source
 from anycard.errors import FormatError
 
 _PIECE = 1 << 20
+_FED = 64 << 10  # of what is packed, at once: behind a short stream, the rest is read again
+_FIRST = 8 << 10  # what Python's modules look at first, behind a stream, for another
 _MOST = 2 << 20
+_MOST_STREAMS = 1_000_000
 _RATIO = 32
 _MEMORY = 96 << 20  # of the decoder; what xz -9 takes is below
 _INSTALL = "`pip install zstandard` to read it as it is"
 _WINDOW = 64 << 20  # of zstd's
 _SIP = 1 << 10  # bytes of zstd that are decoded at once: each 4 may become 128 KiB
 _ZLIB = tuple(bytes([0x78, second]) for second in (0x01, 0x5E, 0x9C, 0xDA))
+_LZMA = b"\x5d\0"
 
 
 def _bz2() -> Any:
@@ -52,6 +56,10 @@ class _Zlib:
     def needs_input(self) -> bool:
         return not self._tail
 
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
 
 class _Zstd:
     """The zstandard package's decompressor, which knows no bound on what it gives, fed a little at a time."""
@@ -65,15 +73,20 @@ class _Zstd:
     def decompress(self, data: bytes, most: int) -> bytes:
         self._waiting = self._waiting if self._waiting else memoryview(data)
         made = bytearray()
+        sip = min(most, _SIP)
         while self._waiting and len(made) < most and not self.eof:
-            made += self._inner.decompress(self._waiting[:_SIP])
-            self._waiting = self._waiting[_SIP:]
+            made += self._inner.decompress(self._waiting[:sip])
+            self._waiting = self._waiting[sip:]
             self.eof = self._inner.eof
         return bytes(made)
 
     @property
     def needs_input(self) -> bool:
         return not self._waiting
+
+    @property
+    def unused_data(self) -> bytes:
+        return bytes(self._inner.unused_data) + bytes(self._waiting)
 
 
 def _zstd() -> Any:
@@ -94,10 +107,10 @@ def _zstandard() -> Any:
 
 
 _KINDS: tuple[tuple[tuple[bytes, ...], str, Callable[[], Any]], ...] = (
-    ((b"\x1f\x8b",), "gzip", lambda: _Zlib(31)),
+    ((b"\x1f\x8b\x08",), "gzip", lambda: _Zlib(31)),
     (_ZLIB, "zlib", lambda: _Zlib(15)),
-    ((b"BZh",), "bz2", _bz2),
-    ((b"\xfd7zXZ\0", b"\x5d\0\0"), "xz or lzma", _lzma),
+    (tuple(b"BZh%d" % level for level in range(1, 10)), "bz2", _bz2),
+    ((b"\xfd7zXZ\0", _LZMA), "xz or lzma", _lzma),
     ((b"\x28\xb5\x2f\xfd",), "zstd", _zstd),
 )
 
@@ -107,6 +120,26 @@ def kind_of(head: bytes) -> str:
     return next((kind for starts, kind, _ in _KINDS if head.startswith(starts)), "")
 
 
+def by_chance(head: bytes) -> bool:
+    """So few bytes tell the kind of stream that the beginning of any bytes may look like it."""
+    return head.startswith((*_ZLIB, _LZMA))
+
+
+def begun(source: Source) -> bytes | None:
+    """What a stream gives up to where it breaks, byte by byte; None where it goes on for longer than chance does."""
+    head = source.read(0, min(source.size, _FIRST))
+    decoder = next(make for starts, _, make in _KINDS if head.startswith(starts))()
+    made = bytearray()
+    for at in range(len(head)):
+        try:
+            made += _decoded(decoder, head[at : at + 1], _PIECE, "", at)
+        except FormatError as error:
+            return bytes(made) if "damaged" in str(error) else None
+        if decoder.eof or not decoder.needs_input:
+            return None
+    return bytes(made) if len(head) == source.size else None
+
+
 def lacking(kind: str) -> str:
     """What has to be installed to read streams of this kind, or ""."""
     if kind == "zstd" and all(importlib.util.find_spec(name) is None for name in ("compression", "zstandard")):
@@ -114,38 +147,81 @@ def lacking(kind: str) -> str:
     return ""
 
 
-def inflated(source: Source, most: int, least: int = _MOST) -> Iterator[bytes]:
-    """The stream's bytes; of one stream, what follows it is left.
+def inflated(source: Source, most: int, least: int = _MOST, *, whole: bool = False) -> Iterator[bytes]:
+    """The bytes of the streams that a source is made of, as Python's gzip, bz2 and lzma modules read them.
+
+    Zeros behind a stream are padding. Anything else that is no stream is an error behind gzip's, and is left behind
+    the others. Of zlib there is one stream.
 
     Args:
-        most: What the stream may come to.
-        least: What it may come to whatever its ratio: each byte of a pickle may become an object.
+        most: What the streams may come to.
+        least: What they may come to whatever their ratio: each byte of a pickle may become an object.
+        whole: Nothing may be left behind a stream of zlib's, either.
 
     Raises:
         FormatError: Damaged, cut short, or more than it may come to.
     """
     head = source.read(0, min(source.size, 8))
-    decoder = next(make for starts, _, make in _KINDS if head.startswith(starts))()
+    kind, make = next((kind, make) for starts, kind, make in _KINDS if head.startswith(starts))
     most = min(most, max(least, _RATIO * source.size))
-    done = 0
-    at = 0
-    while not decoder.eof:
-        fed = source.read(at, min(_PIECE, source.size - at)) if decoder.needs_input else b""
-        if not fed and decoder.needs_input:
-            raise FormatError(f"the file is cut short: its {kind_of(head)} stream does not end", offset=source.size)
-        piece = _decoded(decoder, fed, kind_of(head), at)
-        at += len(fed)
-        done += len(piece)
-        if done > most:
-            raise FormatError(f"the {kind_of(head)} stream inflates to more than {most:,} bytes (a bomb?)", offset=at)
-        yield piece
+    at = done = 0
+    for count in range(_MOST_STREAMS):
+        decoder = make()
+        may_be_none = count > 0 and kind != "gzip"
+        while not decoder.eof:
+            size = min(_FIRST if may_be_none else _FED, source.size - at)
+            fed = source.read(at, size) if decoder.needs_input else b""
+            if not fed and decoder.needs_input:
+                raise FormatError(f"the file is cut short: its {kind} stream does not end", offset=source.size)
+            try:
+                piece = _decoded(decoder, fed, 1 if may_be_none else _PIECE, kind, at)
+            except FormatError as error:
+                if may_be_none and "damaged" in str(error):
+                    return
+                raise
+            may_be_none = False
+            at += len(fed)
+            done += len(piece)
+            if done > most:
+                raise FormatError(f"the {kind} stream inflates to more than {most:,} bytes (a bomb?)", offset=at)
+            yield piece
+        at = _next(source, kind, at - len(decoder.unused_data), whole)
+        if at == source.size:
+            return
+    raise FormatError(f"more than {_MOST_STREAMS:,} {kind} streams one after the other", offset=at)
 
 
-def _decoded(decoder: Any, fed: bytes, kind: str, at: int) -> bytes:
+def _decoded(decoder: Any, fed: bytes, most: int, kind: str, at: int) -> bytes:
     try:
-        piece: bytes = decoder.decompress(fed, _PIECE)
+        piece: bytes = decoder.decompress(fed, most)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - zlib.error, OSError, LZMAError, EOFError: each module has its own
-        raise FormatError(f"the {kind} stream is damaged: {str(error)[:200]}", offset=at) from None
+        why = "needs too much memory" if "memory" in str(error).lower() else "is damaged"
+        raise FormatError(f"the {kind} stream {why}: {str(error)[:200]}", offset=at) from None
     return piece
+
+
+def _next(source: Source, kind: str, at: int, whole: bool) -> int:
+    """Where another stream is to be looked for behind one; the end, where there is nothing."""
+    if kind == "zlib":
+        if whole and at < source.size:
+            raise FormatError(f"{source.size - at:,} bytes behind the zlib stream, from byte {at:,}", offset=at)
+        return source.size
+    filled = _behind_zeros(source, at)
+    if kind != "gzip":
+        return source.size if filled == source.size else at
+    if filled < source.size and source.read(filled, min(2, source.size - filled)) != b"\x1f\x8b":
+        raise FormatError(f"what stands behind the gzip stream, from byte {filled:,}, is no gzip stream", offset=filled)
+    return filled
+
+
+def _behind_zeros(source: Source, at: int) -> int:
+    """The place of the first byte that is not 0."""
+    while at < source.size:
+        piece = source.read(at, min(_FED, source.size - at))
+        rest = piece.lstrip(b"\0")
+        if rest:
+            return at + len(piece) - len(rest)
+        at += len(piece)
+    return at

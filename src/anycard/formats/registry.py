@@ -58,7 +58,7 @@ LATE = (
             b"BZh",
             b"\xfd7zXZ\0",
             b"\x28\xb5\x2f\xfd",
-            b"\x5d\0\0",
+            b"\x5d\0",
         ),
     ),
 )
