@@ -111,3 +111,49 @@ def test_another_tar(tmp_path: Path) -> None:
         archive.addfile(tarfile.TarInfo("storages"))
     with pytest.raises(anycard.FormatError):
         anycard.open(path)
+
+
+def members(data: bytes) -> dict[str, bytes]:
+    """A header and what it is of, by name."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        return {m.name: data[m.offset : m.offset_data + -(-m.size // 512) * 512] for m in archive}
+
+
+def without_magic(header: bytes) -> bytes:
+    """As tars were before POSIX, and the sum of its bytes."""
+    held = header[:148] + b" " * 8 + header[156:257] + bytes(255)
+    return held[:148] + b"%06o\0 " % sum(held) + held[156:] + header[512:]
+
+
+def link(name: str, target: str, kind: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_headers_before_posix(tmp_path: Path) -> None:
+    """No `ustar`: the checksum tells; torch reads the same."""
+    held = values()
+    parts = members(tar(held, list(held.values())))
+    (tmp_path / "x.pth").write_bytes(b"".join(map(without_magic, parts.values())) + bytes(1_024))
+    assert b"ustar" not in (tmp_path / "x.pth").read_bytes()
+    with quiet():
+        assert_same(torch.load(tmp_path / "x.pth", weights_only=False), held)
+    assert_same(anycard.read(tmp_path / "x.pth"), held)
+
+
+def test_members_stand_anywhere_and_once(tmp_path: Path) -> None:
+    """Behind any number of others; twice, or as a link to another, they are refused: torch takes the last."""
+    held = values()
+    parts = members(tar(held, list(held.values())))
+    fillers = b"".join(link(f"{n}", "x", tarfile.SYMTYPE) for n in range(100))
+    whole = fillers + b"".join(parts.values())
+    (tmp_path / "x.pth").write_bytes(whole + bytes(1_024))
+    assert_same(anycard.read(tmp_path / "x.pth"), held)
+    for more in (parts["pickle"], link("pickle", "tensors", tarfile.LNKTYPE), link("storages", "x", tarfile.SYMTYPE)):
+        (tmp_path / "x.pth").write_bytes(whole + more + bytes(1_024))
+        with pytest.raises(anycard.FormatError, match="two members are called"):
+            anycard.read(tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_bytes(whole.replace(parts["pickle"], link("pickle", "x", tarfile.LNKTYPE)))
+    with pytest.raises(anycard.FormatError, match="is a link"):
+        anycard.read(tmp_path / "x.pth")

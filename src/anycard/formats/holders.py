@@ -78,7 +78,7 @@ def _read_unit(source: Source, records: Mapping[str, Record], unit: Unit, limits
 
 def _records(source: Source, head: bytes, limits: Limits) -> Mapping[str, Record] | None:
     if is_tar(head):
-        return None if legacy_tar.is_legacy_tar(source) else read_tar(source, limits)
+        return None if legacy_tar.is_legacy_tar(source, limits) else read_tar(source, limits)
     name_size = int.from_bytes(head[26:28], "little")
     if not head.startswith(b"PK\x03\x04") or head[30 : 30 + name_size].endswith(b"data.pkl"):
         return None  # torch's own archives begin so

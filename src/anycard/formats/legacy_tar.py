@@ -5,10 +5,12 @@ Source: torch/serialization.py `legacy_load`. Always little-endian.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable
 from typing import Any
 
+from anycard.containers.tar_directory import entries
 from anycard.disk.source import Source
 from anycard.errors import FormatError
 from anycard.formats.index import Index
@@ -19,18 +21,17 @@ from anycard.pickles.views import MOST_ELEMENTS, StoredStorage, ints, is_storage
 from anycard.tensors import DTYPES, Storage, TensorInfo
 
 _Read = Callable[..., tuple[Any, int]]
-_BLOCK = 512
-_MEMBERS = ("pickle", "storages", "tensors")
-_MOST_HEADERS = 64
+MEMBERS = ("pickle", "storages", "tensors")
 _FIRST = 4_096  # bytes that hold the few words before a storage's elements
 
 
-def is_legacy_tar(source: Source) -> bool:
-    """The tar has the three members, among its first ones."""
-    try:
-        return all(name in _members(source) for name in _MEMBERS)
-    except FormatError:
-        return False
+def is_legacy_tar(source: Source, limits: Limits) -> bool:
+    """The tar has the three members, whatever they are; where it is damaged, before the damage."""
+    names = set()
+    with contextlib.suppress(FormatError):
+        for member, _ in entries(source, limits):
+            names.add(_plain(member.name))
+    return names.issuperset(MEMBERS)
 
 
 def read_index(source: Source, limits: Limits, read: _Read = read_pickle) -> Index:
@@ -42,10 +43,7 @@ def read_index(source: Source, limits: Limits, read: _Read = read_pickle) -> Ind
     Raises:
         FormatError: Damaged or cut short.
     """
-    members = _members(source)
-    for name in _MEMBERS:
-        if name not in members:
-            raise FormatError(f"the file is a tar without the member {name!r}: no torch file", offset=0)
+    members = _members(source, limits)
     known: dict[Any, Any] = {}
     _read_storages(source, members["storages"], known, limits, read)
     _read_tensors(_member(source, members["tensors"], limits), members["tensors"][0], known, limits, read)
@@ -54,36 +52,25 @@ def read_index(source: Source, limits: Limits, read: _Read = read_pickle) -> Ind
     return Index("legacy tar", tree, source)
 
 
-def _members(source: Source) -> dict[str, tuple[int, int]]:
-    """Offset and size of the first regular members by name, proved inside the file."""
+def _plain(name: str) -> str:
+    return name.rstrip("/")
+
+
+def _members(source: Source, limits: Limits) -> dict[str, tuple[int, int]]:
+    """Offset and size of the three members; torch would take the last of two, and follow a link to another member."""
     found: dict[str, tuple[int, int]] = {}
-    at = 0
-    for _ in range(_MOST_HEADERS):
-        if at + _BLOCK > source.size:
-            break
-        header = source.read(at, _BLOCK)
-        if not header.strip(b"\0"):
-            break
-        name = header[:100].rstrip(b"\0").decode("utf-8", "surrogateescape").removeprefix("./")
-        size = _size(header[124:136], at)
-        if at + _BLOCK + size > source.size:
-            raise FormatError(f"the file is cut short: member {name!r} needs {size:,} bytes", offset=at)
-        if header[156:157] in (b"0", b"\0", b"7"):
-            if name in found:
-                raise FormatError(f"two members are called {name!r}", offset=at)
-            found[name] = (at + _BLOCK, size)
-        at += _BLOCK + size + -size % _BLOCK
+    for member, is_file in entries(source, limits):
+        name = _plain(member.name)
+        if name in found:
+            raise FormatError(f"two members are called {name!r}", offset=member.offset)
+        if name in MEMBERS:
+            if not is_file:
+                raise FormatError(f"member {name!r} is a link or a folder, not a file", offset=member.offset)
+            found[name] = (member.offset, member.nbytes)
+    missing = next((name for name in MEMBERS if name not in found), None)
+    if missing is not None:
+        raise FormatError(f"the file is a tar without the member {missing!r}: no torch file", offset=0)
     return found
-
-
-def _size(field: bytes, at: int) -> int:
-    """Octal text, or base 256 where its first bit is set."""
-    if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    try:
-        return int(field.strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        raise FormatError("a tar header has no size", offset=at) from None
 
 
 def _member(source: Source, place: tuple[int, int], limits: Limits) -> bytes:

@@ -117,7 +117,7 @@ def read_file_index(source: Source, limits: Limits = DEFAULT) -> Index:
             return _read(row.module, source, limits)
     if _like_safetensors(head, source.size):
         return _read("anycard.formats.safetensors", source, limits)
-    if head[257:262] == b"ustar" and importlib.import_module(_TAR).is_legacy_tar(source):
+    if importlib.import_module(_TAR).is_legacy_tar(source, limits):
         return _read(_TAR, source, limits)
     for row in LATE:
         if head.startswith(row.starts):

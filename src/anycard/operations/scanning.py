@@ -119,7 +119,7 @@ class _Scanner:
         self._bytes(data, f"{where}/unpacked" if where else "unpacked", depth + 1)
 
     def _tar(self, source: Source, where: str, depth: int) -> None:
-        if is_legacy_tar(source):
+        if is_legacy_tar(source, self._limits):
             self._legacy_tar(source, where, depth)
             return
         try:
