@@ -41,9 +41,11 @@ class FollowedArray(ArrayStub):
 
     def follow(self, machine: Machine) -> None:
         """Take the bytes that follow; what torch has no dtype for is passed over."""
-        state = self.state
-        if self.result is not None or not isinstance(state, dict) or machine.budget.embedded is None:
+        if machine.budget.embedded is None:
             return
+        state = self.state
+        if self.result is not None or self.args or type(state) is not dict:
+            raise FormatError("an array that joblib does not write so follows here")
         dtype = state.get("dtype")
         size = _itemsize(dtype)
         if size is None:
@@ -80,10 +82,11 @@ def _itemsize(dtype: Any) -> int | None:
     code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
     if not isinstance(code, str) or not re.fullmatch(r"[a-zA-Z][0-9]{1,9}", code):
         return None
-    flags = dtype.state[7] if isinstance(dtype.state, tuple) and len(dtype.state) > 7 else 0
+    size = int(code[1:]) * (4 if code[0] == "U" else 1)
+    told, _, flags = dtype.state[5:8] if isinstance(dtype.state, tuple) and len(dtype.state) > 7 else (-1, -1, 0)
     if code[0] == "O" or (isinstance(flags, int) and flags & 1):
         return 0
-    return int(code[1:]) * (4 if code[0] == "U" else 1)
+    return size if told in (-1, size) else None
 
 
 def reconstruct(budget: Budget, *args: Any) -> ArrayStub:

@@ -77,6 +77,13 @@ def guarded(machine: Machine, base: int) -> tuple[Any, int]:
         machine.forget()
 
 
+def python_3_name(module: str, name: str) -> tuple[str, str]:
+    """What Python 3 takes a global of Python 2 for."""
+    if (module, name) in _compat_pickle.NAME_MAPPING:
+        return _compat_pickle.NAME_MAPPING[module, name]
+    return _compat_pickle.IMPORT_MAPPING.get(module, module), name
+
+
 def _forgotten(pid: Any) -> Any:
     raise FormatError("the pickle has been read to its end")
 
@@ -172,6 +179,9 @@ class Machine:
         """A frame is longer than the pickle, which C's unpickler refuses before it goes into it."""
         raise FormatError(f"the pickle is cut short: a frame of {size:,} bytes, {self.size - self.pos:,} left")
 
+    def framed(self, end: int) -> None:
+        """A frame goes up to there, which is of no use to a reader."""
+
     def long_bytes(self, nbytes: int) -> bytes:
         """The next bytes as a value of the pickle, whose place may be asked for."""
         data = self.take(nbytes)
@@ -243,6 +253,8 @@ class Machine:
         if value is self._maker and self.shortcut is not None:
             return self.shortcut.tensor() or value
         if isinstance(value, Built) and value.result is not None:
+            if isinstance(value, FollowedArray):
+                raise FormatError("the pickle asks for the description of an array of joblib's again")
             return value.result
         return value
 
@@ -269,10 +281,7 @@ class Machine:
     def find_class(self, module: str, name: str) -> type[Inert]:
         """A global; below protocol 3 names are Python 2's, and Python 3 takes them for its own."""
         if self.protocol < 3:
-            if (module, name) in _compat_pickle.NAME_MAPPING:
-                module, name = _compat_pickle.NAME_MAPPING[module, name]
-            elif module in _compat_pickle.IMPORT_MAPPING:
-                module = _compat_pickle.IMPORT_MAPPING[module]
+            module, name = python_3_name(module, name)
         found = self._globals.find_class(module, name)
         if name == "_rebuild_tensor_v2" and module == "torch._utils":
             self._maker = found

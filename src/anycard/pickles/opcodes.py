@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from anycard.pickles.machine import Machine
 
 MARK = object()
+STOP, BUILD = b".b"
 # What opcodes push, and what the others do.
 PUSHES: dict[int, Callable[[Machine], Any]] = {}
 STEPS: dict[int, Callable[[Machine], None]] = {}
@@ -61,9 +62,17 @@ def _signed(m: Machine, nbytes: int) -> int:
 
 
 def _string_line(m: Machine) -> str:
-    text = m.raw_line().strip()
-    if len(text) < 2 or text[0] != text[-1] or text[:1] not in (b"'", b'"'):
+    text = unquoted(m.raw_line())
+    if text is None:
         raise FormatError("a STRING without quotes")
+    return text
+
+
+def unquoted(line: bytes) -> str | None:
+    """The text of a STRING's line; None where no quotes are around it."""
+    text = line.strip()
+    if len(text) < 2 or text[0] != text[-1] or text[:1] not in (b"'", b'"'):
+        return None
     return text_of(_ESCAPE.sub(_unescaped, text[1:-1]))
 
 
@@ -178,6 +187,8 @@ def _frame(m: Machine) -> None:
     size = m.number(8)
     if m.pos + size > m.size:
         m.overrun(size)
+    else:
+        m.framed(m.pos + size)
 
 
 @_op(b"0")

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anycard.errors import FormatError
+from anycard.pickles.arrays import FollowedArray
 from anycard.pickles.budget import Budget
 from anycard.pickles.machine import Machine, guarded
+from anycard.pickles.opcodes import BUILD, PUSHES, STEPS, STOP
 from anycard.pickles.stubs import Inert
 from anycard.pickles.views import MOST_ELEMENTS, is_storage_class
 from anycard.tensors import DTYPES, Storage
@@ -29,6 +31,7 @@ class Record:
         nested: Bytes that a call would load as a pickle or a torch file.
         end: Where the pickle ends.
         trouble: Why it could not be loaded, though it could be followed.
+        arrays: Bytes of joblib's arrays stand in it, which only joblib passes over.
     """
 
     globals: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -37,6 +40,7 @@ class Record:
     nested: list[bytes] = field(default_factory=list)
     end: int = 0
     trouble: str = ""
+    arrays: bool = False
 
 
 class _Recorder(Machine):
@@ -44,6 +48,7 @@ class _Recorder(Machine):
         super().__init__(data, start, load, budget)
         self._record = record
         self.shortcut = None  # each call is to be seen
+        self._in_frame = False
 
     def find_class(self, module: str, name: str) -> type[Inert]:
         found = super().find_class(module, name)
@@ -54,7 +59,33 @@ class _Recorder(Machine):
         return _Recorder(self.data, start, self.budget, self._record, self.persistent_load)
 
     def overrun(self, size: int) -> None:
-        self._record.trouble = f"a frame of {size:,} bytes, {self.size - self.pos:,} left"
+        self._record.trouble = f"the pickle is cut short: a frame of {size:,} bytes, {self.size - self.pos:,} left"
+
+    def framed(self, end: int) -> None:
+        """Follow a frame: of one that ends within an opcode, C forgets the rest when it reads on in the file."""
+        if self._in_frame:
+            self._record.trouble = "a frame begins within a frame"
+            return
+        self._in_frame = True
+        code = 0
+        while self.pos < end and self.data[self.pos] != STOP:
+            self.at = self.pos
+            code = self.byte()
+            make, step = PUSHES.get(code), STEPS.get(code)
+            if make is not None:
+                self.stack.append(make(self))
+            elif step is not None:
+                step(self)
+            else:
+                raise FormatError(f"unknown or refused pickle opcode 0x{code:02x}")
+        self._in_frame = False
+        if self.pos > end and code != BUILD:  # joblib's arrays stand behind their frames
+            self._record.trouble = "a frame ends within an opcode"
+
+    def build(self, state: Any) -> None:
+        kind = type(self.top())
+        super().build(state)
+        self._record.arrays |= issubclass(kind, FollowedArray)
 
     def call(self, func: Any, args: Any) -> Any:
         self._record.run.add(self._note(func, args))
@@ -96,5 +127,5 @@ def record_pickle(
     """
     value, record.end = guarded(_Recorder(data, start, budget, record, load), base)
     if record.trouble:
-        raise FormatError(f"the pickle is cut short: {record.trouble}")
+        raise FormatError(record.trouble)
     return value, record.end
