@@ -71,8 +71,6 @@ def test_attacks_in_any_record_are_found(tmp_path: Path, name: str, record: str)
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
         file.writestr("archive/version", "3\n")
         file.writestr(record, ATTACKS[name])
-    if record == "weird" and not ATTACKS[name].startswith((b"\x80", b"(", b"c")):
-        return
     assert scanned(tmp_path / "a.pt")[0] == 1
 
 

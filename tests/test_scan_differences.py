@@ -29,6 +29,8 @@ def test_a_frame_that_ends_within_an_opcode_is_not_clean(tmp_path: Path) -> None
     with pytest.raises(ModuleNotFoundError, match="absent"):
         torch.load(tmp_path / "a.pt", weights_only=False)
     assert bad_names(tmp_path / "a.pt")[0] == 2
+    (tmp_path / "a.zip").write_bytes(archive_of({"weights": b"N0" + data[2:]}))
+    assert bad_names(tmp_path / "a.zip")[0] == 2
 
 
 def test_frames_within_frames_are_not_clean(tmp_path: Path) -> None:
@@ -54,6 +56,18 @@ def described(nbytes: int, kind: bytes) -> bytes:
     shape = text("shape") + b"K" + bytes([nbytes]) + b"\x85" + text("order") + text("C")
     more = text("subclass") + b"cnumpy\nndarray\n" + text("allow_mmap") + b"\x88"
     return b"}(" + text("dtype") + kind + shape + more + b"ub"
+
+
+def test_what_only_joblib_takes_for_an_array_is_followed(tmp_path: Path) -> None:
+    """`pickle.load` takes the array's bytes for opcodes; a name that says joblib is believed."""
+    raw = b"0cabsent\nname\n)R."
+    data = b"\x80\x02" + WRAPPER + b")\x81" + described(len(raw), dtype()) + raw + b"."
+    for name, status in (("a.pkl", 1), ("a.joblib", 0)):
+        (tmp_path / name).write_bytes(data)
+        assert bad_names(tmp_path / name) == (status, ["absent.name"] * status)
+    with pytest.raises(ModuleNotFoundError, match="absent"):
+        pickle.loads(data)
+    assert joblib.load(tmp_path / "a.joblib").tobytes() == raw
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
-from anycard.disk.source import Source
+from anycard.disk.source import MemorySource, Source, WindowSource
 from anycard.errors import FormatError
 from anycard.limits import Limits
 
@@ -20,14 +20,13 @@ _SIGNATURE = b"PK\x03\x04"
 _STREAMED = 8  # flag: the sizes stand behind the data
 _MOST_RECORDS = 100_000
 _MOST_INFLATED = 64 << 20
+_PLENTY = 1 << 20
+_RATIO = 32
 _PIECE = 16 << 10
 
 
-def salvage(source: Source, wanted: Callable[[str, bytes], bool], limits: Limits) -> Iterator[tuple[str, bytes]]:
+def salvage(source: Source, limits: Limits) -> Iterator[tuple[str, Source]]:
     """Name and bytes of whatever looks like a record; the bytes run up to the next header where no size is told.
-
-    Args:
-        wanted: Told by a record's name and first bytes.
 
     Raises:
         FormatError: More headers, or bytes behind them, than a file of this size holds.
@@ -39,15 +38,14 @@ def salvage(source: Source, wanted: Callable[[str, bytes], bool], limits: Limits
         if found is None:
             continue
         name, packed, start, end = found
-        if not packed and not wanted(name, source.read(start, min(16, end - start))):
-            continue
-        data = source.read(start, min(end - start, limits.index_nbytes))
-        data = _inflated(data) if packed else data
-        left -= end - start + len(data)
+        held: Source = WindowSource(source, start, end - start)
+        if packed:
+            held = MemorySource(name, _inflated(held.read(0, min(held.size, limits.index_nbytes))))
+            left -= held.size
+        left -= end - start
         if left < 0:
             raise FormatError("the archive's records overlap, or inflate without end (a bomb?)", offset=at)
-        if wanted(name, data[:16]):
-            yield name, data
+        yield name, held
 
 
 def _headers(source: Source, limits: Limits) -> Iterator[int]:
@@ -81,12 +79,13 @@ def _record(source: Source, at: int, following: int) -> tuple[str, bool, int, in
 
 
 def _inflated(data: bytes) -> bytes:
-    """As much as there is, of a stream that may be damaged or go on for ever."""
+    """As much as there is, and as weights inflate to, of a stream that may be damaged or go on for ever."""
     unpack = zlib.decompressobj(-15)
     made = bytearray()
+    most = min(_MOST_INFLATED, max(_PLENTY, _RATIO * len(data)))
     with contextlib.suppress(zlib.error):
         for at in range(0, len(data), _PIECE):
-            made += unpack.decompress(data[at : at + _PIECE], _MOST_INFLATED - len(made))
-            if unpack.eof or len(made) >= _MOST_INFLATED:
+            made += unpack.decompress(data[at : at + _PIECE], most - len(made))
+            if unpack.eof or len(made) >= most:
                 break
     return bytes(made)

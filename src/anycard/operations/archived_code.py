@@ -22,12 +22,14 @@ class Context(NamedTuple):
     Attributes:
         script: A TorchScript archive, whose classes are its own.
         harmless: A torch package's own modules that only define things.
-        tentative: It may be no pickle at all, found by its first byte.
+        tentative: It may be no pickle at all: nothing tells it to be one.
+        joblib: Its name says that only joblib loads it.
     """
 
     script: bool = False
     harmless: frozenset[str] = frozenset()
     tentative: bool = False
+    joblib: bool = False
 
 
 class Archive:

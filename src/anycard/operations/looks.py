@@ -3,39 +3,67 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from anycard.containers.streams import kind_of
+from anycard.containers.tar_directory import is_tar
 from anycard.containers.zip_directory import read_directory
 from anycard.disk.source import Source, WindowSource
 from anycard.errors import FormatError
 from anycard.formats import safetensors
 from anycard.limits import Limits
 from anycard.operations.archived_code import Context
+from anycard.pickles.judging import RUNS, judge
+from anycard.pickles.outline import Outline
 
-NUMPY = b"\x93NUMPY"
+# Names of files that people load as pickles.
 NAMED = (".pkl", ".pickle", ".p", ".pt", ".pth", ".bin", ".ckpt", ".dill", ".joblib", ".distcp")
+_PACKED = re.compile(r"\.(gz|bz2|xz|lzma|zst|zstd|z|lz4)$")
+_NUMPY = b"\x93NUMPY"
+_ZIP = (b"PK\3\4", b"PK\5\6", b"PK\6\6", b"PK\7\x08")
+_LZ4 = b"\x04\x22\x4d\x18"  # joblib reads it where the package is there
+_OLD_JOBLIB = (b"ZF0x", 21)  # how it begins, and where its zlib stream does, maybe behind a blank
+_PROTO = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))  # no pickler writes it below 2
+_STORAGE = re.compile(r"(^|/)(\.?data/\d+(\.storage)?|data/weights/weight_\d+|data/constants/tensor_\d+)$")
 _MOST_ARCHIVES = 10_000
 _DESCRIPTION = re.compile(rb"'descr'\s*:\s*(.{1,65536}?),\s*'fortran_order'", re.DOTALL)
-_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+_OLD_MAGIC = b"L119547037146038801333356L\n."  # torch's magic number in protocols 0 and 1
+_MAGIC = re.compile(rb"(\x80.)?(\x95.{8})?\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.", re.DOTALL)
 
 
-def is_storage(name: str) -> bool:
-    """A record of a tensor's bytes."""
+def raw_folders(names: Iterable[str]) -> frozenset[str]:
+    """The folders of an archive whose numbered records torch takes for the bytes of storages, and for nothing else."""
+    pickles = (name[: -len(".pkl")] for name in names if name == "data.pkl" or name.endswith("/data.pkl"))
+    packages = (name[: -len("/extern_modules")] for name in names if name.endswith(".data/extern_modules"))
+    return frozenset((*pickles, *packages))
+
+
+def is_raw(name: str, folders: frozenset[str]) -> bool:
+    """A record of a tensor's bytes, in one of those folders."""
     folder, _, last = name.rpartition("/")
-    return folder.endswith("data") and (last.isdigit() or last.removesuffix(".storage").isdigit())
-
-
-def may_hold(name: str, head: bytes) -> bool:
-    """A member may be a pickle or hold some, by its first bytes or by its name."""
-    told = may_be_pickle(head) or head.startswith((b"PK", NUMPY)) or kind_of(head)
-    return bool(told) or name.lower().endswith(NAMED)
+    return folder in folders and last.removesuffix(".storage").isdecimal()
 
 
 def told_by(name: str, head: bytes, context: Context) -> Context:
-    """A member that neither its name nor PROTO tells to be a pickle may be anything."""
-    tentative = not name.lower().endswith(NAMED) and not head.startswith(b"\x80")
-    return context._replace(tentative=tentative)
+    """A member that neither its name nor PROTO tells to be a pickle may be anything; storages begin with any byte."""
+    plain = _PACKED.sub("", name.lower())
+    begins = head.startswith((*_PROTO, _OLD_MAGIC)) and not _STORAGE.search(name)
+    return context._replace(tentative=not plain.endswith(NAMED) and not begins, joblib=plain.endswith(".joblib"))
+
+
+def formats_of(source: Source, head: bytes, limits: Limits) -> list[str]:
+    """What the first bytes, up to 512, say that it is: several, as readers look at different ones of them."""
+    safe = is_safetensors(source, head, limits)
+    told = {
+        "safetensors": safe,
+        "zip": head.startswith(_ZIP),
+        "packed": bool(kind_of(head)) and not safe,
+        "lz4": head.startswith(_LZ4),
+        "joblib": head.startswith(_OLD_JOBLIB[0]),
+        "npy": head.startswith(_NUMPY),
+        "tar": is_tar(head),
+    }
+    return [name for name, is_it in told.items() if is_it]
 
 
 def join(where: str, name: str) -> str:
@@ -64,24 +92,39 @@ def zips_within(source: Source, limits: Limits) -> Iterator[Source]:
         yield from parts
 
 
-def may_be_pickle(head: bytes) -> bool:
-    """It begins as pickles of protocols 2 to 5 do, or as those of protocol 0 and 1 that name something."""
-    return head[:1] in (b"\x80", b"(", b"c", b"]", b"}")
+def starts_pickle(data: bytes, at: int) -> bool:
+    """PROTO stands there."""
+    return data.startswith(_PROTO, at)
 
 
-def objects_of(source: Source) -> Source | None:
-    """The pickle of a `.npy` file's objects, empty where it holds none; None where its header cannot be read."""
+def behind_header(source: Source) -> tuple[Source, bool] | None:
+    """What stands behind a `.npy` file's header, and whether it says objects; None where it cannot be read."""
+    if source.size < 12:
+        return None
     wide = 4 if source.read(6, 1) >= b"\2" else 2
     start = 8 + wide + int.from_bytes(source.read(8, wide), "little")
-    described = _DESCRIPTION.search(source.read(8 + wide, max(min(start, source.size) - 8 - wide, 0)))
-    if described is None:
+    if start > source.size:
         return None
-    return WindowSource(source, start, source.size - start if b"O" in described[1] else 0)
+    described = _DESCRIPTION.search(source.read(8 + wide, start - 8 - wide))
+    return None if described is None else (WindowSource(source, start, source.size - start), b"O" in described[1])
+
+
+def old_joblib(source: Source) -> Source:
+    """The zlib stream in a file of joblib's before 0.10."""
+    start = min(_OLD_JOBLIB[1], source.size)
+    start += source.read(start, min(1, source.size - start)) == b" "
+    return WindowSource(source, start, source.size - start)
 
 
 def is_legacy(data: bytes) -> bool:
     """A torch file from before 1.6."""
-    return _MAGIC in data[:24]
+    return data.startswith(_OLD_MAGIC) or _MAGIC.match(data) is not None
+
+
+def tells(found: Outline, size: int) -> bool:
+    """It is a pickle, and names something: text that begins with a c names something, too, but does nothing with it."""
+    kinds = {judge(*place) for place in found.globals}
+    return found.torn or (bool(kinds) and (found.calls or RUNS in kinds or found.end == size))
 
 
 def is_safetensors(source: Source, head: bytes, limits: Limits) -> bool:

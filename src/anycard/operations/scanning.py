@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from anycard.containers.inflated import Inflated, inflates_like_a_bomb, record_bytes
-from anycard.containers.streams import inflated, kind_of
+from anycard.containers.streams import begun, by_chance, inflated
 from anycard.containers.tar_directory import members
 from anycard.containers.zip_directory import Record as ZipRecord
 from anycard.containers.zip_directory import read_directory
 from anycard.containers.zip_salvage import salvage
-from anycard.disk.source import Source, StreamSource, WindowSource, open_source
+from anycard.disk.source import MemorySource, Source, WindowSource, open_source
 from anycard.errors import FormatError
-from anycard.formats.legacy_tar import is_legacy_tar
-from anycard.formats.legacy_tar import read_index as read_legacy_tar
+from anycard.formats import legacy_tar
 from anycard.formats.plain_pickle import budget_of
 from anycard.limits import DEFAULT, Limits
 from anycard.operations.archived_code import SETS_STATE, Archive, Context
 from anycard.operations.looks import (
-    NAMED,
-    NUMPY,
+    behind_header,
+    formats_of,
     is_legacy,
-    is_safetensors,
-    is_storage,
+    is_raw,
     join,
-    may_be_pickle,
-    may_hold,
-    objects_of,
+    old_joblib,
+    raw_folders,
+    starts_pickle,
+    tells,
     told_by,
     zips_within,
 )  # fmt: skip
 from anycard.operations.scan_report import Finding, ScanReport
 from anycard.pickles.budget import Budget
 from anycard.pickles.judging import CLEAN, INERT, RUNS, UNKNOWN, judge
+from anycard.pickles.outline import Outline, outline
 from anycard.pickles.recording import Record, record_pickle
 
 _DEEPEST = 5  # files within files
-_FIRST = 1 << 20  # bytes of what is no pickle by its format that are followed at first
+_HEAD = 512  # bytes that tell a format
+_FIRST = 64 << 10  # bytes that are looked at of a record that inflates like zeros
 _MOST_PICKLES = 100_000
 
 
@@ -63,9 +63,11 @@ def scan(path: str | os.PathLike[str], *, allow: Iterable[str] = (), limits: Lim
             scanner.report.unreadable.append(f"{label or file}: {error.args[0]}")
             continue
         try:
-            if not is_storage(label):
-                head = source.read(0, min(source.size, 16))
-                scanner.file(source, label, int(bool(label)), told_by(label, head, _PLAIN) if label else _PLAIN)
+            if label:
+                scanner.member(source, label, label, 1, _PLAIN)
+            else:
+                named = told_by(file, b"", _PLAIN)
+                scanner.file(source, "", 0, named._replace(tentative=False))
         finally:
             source.close()
     order = (RUNS, UNKNOWN)
@@ -91,56 +93,71 @@ class _Scanner:
         self._limits = limits
         self._found: set[Finding] = set()
 
+    def member(self, source: Source, name: str, where: str, depth: int, context: Context) -> None:
+        """A file that something holds, by the name that it has there."""
+        head = source.read(0, min(source.size, _HEAD))
+        self.file(source, where, depth, told_by(name, head, context))
+
     def file(self, source: Source, where: str, depth: int, context: Context = _PLAIN) -> None:
-        """A file, or bytes that a file holds."""
-        head = source.read(0, min(source.size, 16))
+        """A file, or bytes that a file holds: as each format that it may be taken for, and as a pickle."""
+        formats = formats_of(source, source.read(0, min(source.size, _HEAD)), self._limits)
+        maybe = context._replace(tentative=True) if formats else context
         if depth > _DEEPEST:
-            self._unreadable(where, "files within files, deeper than 5")
-        elif is_safetensors(source, head, self._limits):
-            self._disguised(source, where, depth)
-        elif head[:2] == b"PK":
-            self._zip(source, where, depth)
-        elif kind_of(head):
-            self._compressed(source, where, depth)
-        elif source.size > 262 and source.read(257, 5) == b"ustar":
-            self._disguised(source, where, depth)
-            self._tar(source, where, depth)
-        elif head.startswith(NUMPY):
-            self._array(source, where, depth)
-        elif may_be_pickle(head) or where.lower().endswith(NAMED) or not depth:
-            self._stream(source, where, depth, context)
+            if formats or not context.tentative or tells(outline(source, ids=False), source.size):
+                self._unreadable(where, "files within files, deeper than 5")
+            return
+        looks = {
+            "zip": self._zip, "packed": self._compressed, "joblib": self._old_joblib, "lz4": self._lz4,
+            "npy": self._array, "tar": self._tar,
+        }  # fmt: skip
+        for name in formats:
+            if name in looks:
+                looks[name](source, where, depth, context)
+        self._stream(source, where, depth, maybe)
 
-    def _compressed(self, source: Source, where: str, depth: int) -> None:
+    def _compressed(self, source: Source, where: str, depth: int, context: Context) -> None:
+        """What streams inflate to; up to damage, as a loader may have read that far."""
+        data = bytearray()
         try:
-            data = b"".join(inflated(source, self._limits.index_nbytes))
+            for piece in inflated(source, self._limits.index_nbytes, whole=True):
+                data += piece
         except FormatError as error:
-            self._unreadable(where, str(error.args[0]))
-            return
-        self._bytes(data, f"{where}/unpacked" if where else "unpacked", depth + 1)
+            maybe = context.tentative and by_chance(source.read(0, min(source.size, 8)))
+            chance = begun(source) if maybe else None
+            if chance is None:
+                self._unreadable(where, str(error.args[0]))
+            data = data if chance is None else bytearray(chance)
+            if not data:
+                return
+        self._bytes(bytes(data), join(where, "unpacked"), depth + 1, context)
 
-    def _tar(self, source: Source, where: str, depth: int) -> None:
-        if is_legacy_tar(source, self._limits):
-            self._legacy_tar(source, where, depth)
-            return
+    def _old_joblib(self, source: Source, where: str, depth: int, context: Context) -> None:
+        self.file(old_joblib(source), join(where, "unpacked"), depth + 1, context)
+
+    def _lz4(self, source: Source, where: str, depth: int, context: Context) -> None:
+        self._unreadable(where, "the file is lz4-compressed, which is not looked into: unpack it first")
+
+    def _tar(self, source: Source, where: str, depth: int, context: Context) -> None:
+        """Members whatever they are called; of a torch file before 0.1.10, three are what its reader finds in them."""
+        followed = legacy_tar.is_legacy_tar(source, self._limits) and self._legacy_tar(source, where, depth)
         try:
             for member in members(source, self._limits):
-                inner = WindowSource(source, member.offset, member.nbytes)
-                head = inner.read(0, min(inner.size, 16))
-                context = told_by(member.name, head, _PLAIN)
-                self.file(inner, join(where, member.name), depth + 1, context)
+                if not followed or member.name not in legacy_tar.MEMBERS:
+                    inner = WindowSource(source, member.offset, member.nbytes)
+                    self.member(inner, member.name, join(where, member.name), depth + 1, _PLAIN)
         except FormatError as error:
             self._unreadable(where, f"the tar archive cannot be followed to its end: {error.args[0]}")
 
-    def _array(self, source: Source, where: str, depth: int) -> None:
-        """A `.npy` file: an array of objects is a pickle behind the header."""
-        objects = objects_of(source)
-        if objects is None:
+    def _array(self, source: Source, where: str, depth: int, context: Context) -> None:
+        """A `.npy` file: an array of objects is a pickle behind the header, which can be spelled in many ways."""
+        held = behind_header(source)
+        if held is None:
             self._unreadable(where, "the array's header cannot be followed")
-        elif objects.size:
-            self._stream(objects, where, depth, _PLAIN)
+        elif held[0].size:
+            self._stream(held[0], where, depth, _PLAIN._replace(tentative=not held[1]))
 
-    def _legacy_tar(self, source: Source, where: str, depth: int) -> None:
-        """A torch file before 0.1.10: its pickles stand among raw bytes, so the reader finds them."""
+    def _legacy_tar(self, source: Source, where: str, depth: int) -> bool:
+        """Its pickles stand among raw bytes, so the reader finds them; False where it does not."""
 
         def read(data: bytes, *, persistent_load: Any, limits: Limits, start: int = 0, base: int = 0,
                  budget: Budget | None = None) -> tuple[Any, int]:  # fmt: skip
@@ -151,59 +168,63 @@ class _Scanner:
                 self._take(record, where, depth, _PLAIN)
 
         try:
-            read_legacy_tar(source, self._limits, read)
+            legacy_tar.read_index(source, self._limits, read)
         except FormatError as error:
             self._unreadable(where, str(error.args[0]))
+            return False
+        return True
 
-    def _zip(self, source: Source, where: str, depth: int) -> None:
+    def _zip(self, source: Source, where: str, depth: int, context: Context) -> None:
         try:
             records = read_directory(source, self._limits)
         except FormatError as error:
-            if not self._several_zips(source, where, depth):
+            if not self._several_zips(source, where, depth, context):
                 self._unreadable(where, str(error.args[0]))
                 self._salvaged(source, where, depth)
             return
         archive = Archive(source, records, self._limits)
         self._sources(archive, where)
+        folders = raw_folders(records)
         for name, record in records.items():
-            if is_storage(name) or name.lower().endswith(".py"):
-                continue
-            self._member(source, record, join(where, name), depth, archive.context(name))
+            if not is_raw(name, folders):
+                self._member(source, record, join(where, name), depth, archive.context(name))
 
     def _member(self, source: Source, record: ZipRecord, where: str, depth: int, context: Context) -> None:
+        held: Source = WindowSource(source, record.offset, record.stored_nbytes)
+        large = record.nbytes > self._limits.index_nbytes
         try:
-            data = self._record(source, record, where)
+            if record.compressed or not large:
+                held = MemorySource(where, self._record(source, record, where, context))
         except FormatError as error:
             self._unreadable(where, str(error.args[0]))
-            if record.compressed or record.nbytes > self._limits.index_nbytes:
-                return
-            data = source.read(record.offset, record.nbytes)  # torch looks at no checksum
-        if may_hold(where, data[:16]):
-            self._bytes(data, where, depth + 1, told_by(where, data, context))
+            if record.compressed:
+                return  # of one that is stored, torch looks at no checksum
+        self.member(held, where, where, depth + 1, context)
+
+    def _record(self, source: Source, record: ZipRecord, where: str, context: Context) -> bytes:
+        """A record's bytes; the first ones of one that inflates like zeros."""
+        if not inflates_like_a_bomb(record):
+            return bytes(record_bytes(source, record, self._limits.index_nbytes))
+        data = bytes(Inflated(source, record)[:_FIRST])
+        if not told_by(where, data, context).tentative or outline(MemorySource(where, data), ids=False).short:
+            self._unreadable(where, "the record inflates to far more than pickles do (a bomb?)")
+        return data
 
     def _salvaged(self, source: Source, where: str, depth: int) -> None:
         """What the records of an archive hold whose directory cannot be relied on."""
         try:
-            for name, data in salvage(source, lambda name, head: may_hold(name, head), self._limits):
-                self._bytes(data, join(where, name), depth + 1, told_by(name, data, _PLAIN))
+            for name, held in salvage(source, self._limits):
+                self.member(held, name, join(where, name), depth + 1, _PLAIN)
         except FormatError as error:
             self._unreadable(where, str(error.args[0]))
 
-    def _record(self, source: Source, record: ZipRecord, where: str) -> bytes:
-        """A record's bytes; none of one that inflates like zeros and is no pickle."""
-        if inflates_like_a_bomb(record):
-            if may_hold(where, bytes(Inflated(source, record)[:16])):
-                raise FormatError("the record inflates to far more than pickles do (a bomb?)")
-            return b""
-        return bytes(record_bytes(source, record, self._limits.index_nbytes))
-
-    def _several_zips(self, source: Source, where: str, depth: int) -> bool:
+    def _several_zips(self, source: Source, where: str, depth: int, context: Context) -> bool:
         """Archives one after the other, as in a distributed checkpoint's `.distcp`; False for anything else."""
         parts = list(zips_within(source, self._limits))
         if len(parts) < 2 or depth >= _DEEPEST:
             return False
         for index, part in enumerate(parts):
-            self._zip(part, f"{where}/{index}", depth + 1)
+            self._zip(part, f"{where}/{index}", depth + 1, context)
         return True
 
     def _sources(self, archive: Archive, where: str) -> None:
@@ -213,27 +234,32 @@ class _Scanner:
             self._find(Finding(why, RUNS, called, join(where, name), 0))
 
     def _bytes(self, data: bytes, where: str, depth: int, context: Context = _PLAIN) -> None:
-        self.file(StreamSource(where, io.BytesIO(data)), where, depth, context)
+        self.file(MemorySource(where, data), where, depth, context)
 
     def _stream(self, source: Source, where: str, depth: int, context: Context) -> None:
         """Pickles one after the other from the start; what follows a torch file's five is its storages."""
+        if context.tentative and not tells(outline(source, ids=False), source.size):
+            return
         data = source.read(0, min(source.size, self._limits.index_nbytes))
         at = count = 0
         legacy = is_legacy(data)
         while at < len(data) and (not legacy or count < 5):
-            if count and not may_be_pickle(data[at : at + 16]):
-                break
             record = Record()
             try:
                 record_pickle(data, at, budget_of(data, None, self._limits), record)
             except FormatError as error:
-                named = {judge(*place) for place in record.globals}
-                if context.tentative and not record.calls and RUNS not in named:
-                    return  # text, or bytes, that begin like a pickle, and that nobody takes for one
+                more = Outline() if "cut short" in str(error) else outline(source, at)
+                record.globals = {**more.globals, **record.globals}
+                if count and not record.globals and not starts_pickle(data, at):
+                    break
                 offset = f" at byte {error.offset:,}" if error.offset is not None else ""
                 self._unreadable(where, f"the pickle cannot be followed to its end{offset}: {error.args[0]}")
                 self._take(record, where, depth, context)
                 return
+            if record.arrays and not context.joblib:  # other loaders take their bytes for opcodes
+                more = outline(source, at, one=True)
+                record.run |= more.globals.keys() - record.globals.keys()
+                record.globals = {**more.globals, **record.globals}
             self._take(record, where, depth, context)
             at, count = record.end, count + 1
             if self.report.pickles > _MOST_PICKLES:
@@ -243,21 +269,6 @@ class _Scanner:
             self._unreadable(where, "neither a torch file nor a pickle")
         elif not legacy and at < len(data) and not context.tentative:
             self._unreadable(where, f"{len(data) - at:,} bytes after the last pickle, from byte {at:,}, are no pickle")
-
-    def _disguised(self, source: Source, where: str, depth: int) -> None:
-        """Another format, and yet a pickle: `pickle.load` runs it up to the first byte that no pickle has."""
-        for most in (_FIRST, self._limits.index_nbytes):
-            data, record, why = source.read(0, min(source.size, most)), Record(), ""
-            try:
-                record_pickle(data, 0, budget_of(data, None, self._limits), record)
-            except FormatError as error:
-                why = str(error.args[0])
-            if "cut short" not in why or len(data) == source.size:
-                break
-        if record.globals:
-            self._take(record, where, depth, _PLAIN)
-            if why:
-                self._unreadable(where, f"begins like a pickle, which cannot be followed to its end: {why}")
 
     def _take(self, record: Record, where: str, depth: int, context: Context) -> None:
         self.report.pickles += 1
