@@ -72,6 +72,29 @@ def folder(tmp_path: Path) -> Path:
     return inner
 
 
+def test_a_model_that_is_sharded_while_it_lives_is_refused_by_name(folder):
+    """FSDP2's parameters are neither saved nor filled yet: both say so, the model keeps its values."""
+    code = """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    def main():
+        anycard.save(filled(build()), f"{folder}/a{rank}.pth")
+        model = filled(build(), 5)
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        before = [p.to_local().clone() for p in model.parameters()]
+        for call, *args in ((anycard.load, f"{folder}/a{rank}.pth", model), (anycard.save, model, f"{folder}/b.pth")):
+            try:
+                call(*args)
+            except anycard.CheckpointError as error:
+                assert "0.weight is a DTensor" in str(error), error
+            else:
+                raise AssertionError("went through")
+        assert all(torch.equal(a, b.to_local()) for a, b in zip(before, model.parameters()))
+    """
+    run_ranks(code, folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["a0.pth", "a1.pth"]
+
+
 def test_ranks_that_save(folder):
     """All DDP ranks save to one path at once, or one alone: whole files, the bare model's bytes, no litter."""
     code = """

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from anycard.checkpoint import tensor_bytes
-from anycard.errors import DeviceError, MismatchError
+from anycard.errors import CheckpointError, DeviceError, MismatchError
 from anycard.tensors import span_numel
 from anycard.torch.reading import Fill, Fills, read_tensor
 from anycard.torch.work import Options, Work
@@ -24,10 +24,12 @@ def check(work: Work, options: Options) -> None:
 
     Raises:
         MismatchError: With the plan.
+        CheckpointError: The model is sharded over cards.
         DeviceError: `DataParallel` keeps its model on another card than the one asked for.
     """
     plan = work.plan
     _check_data_parallel(work.model, options)
+    _refuse_sharded(work)
     problems = plan.problems()
     nothing = not work.fills and not plan.called and plan.total > 0
     if (problems and options.strict) or nothing:
@@ -46,6 +48,17 @@ def _check_data_parallel(model: nn.Module, options: Options) -> None:
             first = torch.device("cuda", module.device_ids[0])
             if wanted.type != "cuda" or (wanted.index or 0) != first.index:
                 raise DeviceError(f"DataParallel keeps its model on {first}, device={str(wanted)!r} was asked for")
+
+
+def _refuse_sharded(work: Work) -> None:
+    for name, tensor in work.model.named_parameters() if work.called or not all(work.fills.plain) else ():
+        if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+            raise CheckpointError(
+                f"{name} is a DTensor, sharded over cards, which is not filled yet: load before fully_shard or "
+                "parallelize_module. The model was not changed.",
+                path=work.plan.path,
+                name=name,
+            )
 
 
 def _refusal(work: Work, problems: list[str], nothing: bool) -> str:
