@@ -349,40 +349,6 @@ def test_a_loader_that_gives_a_tied_tensor_another_dtype(tmp_path, dtype):
     assert_same_bits(model.embedding.weight.detach(), weight.to(dtype))
 
 
-def test_only_holds_for_a_module_that_is_called(tmp_path):
-    """What only= leaves out keeps its values, whatever the module's own loading does to it; and may be missing."""
-
-    class Own(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone, self.fc = nn.Linear(2, 2), nn.Linear(2, 2)
-
-        def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
-            return super().load_state_dict({name: value * 2 for name, value in state.items()}, strict)
-
-    class Computing(Own):
-        load_state_dict = nn.Module.load_state_dict
-
-        def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-            state[prefix + "fc.weight"] = state[prefix + "fc.weight"] * 2
-            super()._load_from_state_dict(state, prefix, *args)
-
-    for kind in (Own, Computing):
-        source = filled(kind())
-        torch.save(source.state_dict(), tmp_path / "a.pth")
-        torch.save({"fc.weight": source.fc.weight, "fc.bias": source.fc.bias}, tmp_path / "b.pth")
-        for name in ("a.pth", "b.pth"):
-            model = filled(kind(), 5)
-            before = everything(model)
-            parameter = model.backbone.weight
-            assert "gets its values back" in str(anycard.plan(tmp_path / name, model, only="fc"))
-            anycard.load(tmp_path / name, model, only="fc")
-            assert_same_bits(model.fc.weight, source.fc.weight * 2)
-            assert_same_bits(model.backbone.weight, before["backbone.weight"])
-            assert_same_bits(model.backbone.bias, before["backbone.bias"])
-            assert model.backbone.weight is parameter
-
-
 @pytest.mark.parametrize("how", ["itself", "hooks"])
 def test_a_module_that_drops_a_stored_name_keeps_its_own_value(tmp_path, how):
     """It takes a key out and forgives that it is missing: plain PyTorch leaves the buffer alone, whatever its shape."""
