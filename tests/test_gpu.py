@@ -216,3 +216,48 @@ def test_a_transposed_view_with_gaps_on_a_card(tmp_path, suffix):
     model.register_buffer("x", torch.arange(24.0, device="cuda").view(4, 6)[:, ::2].t())
     anycard.save(model, tmp_path / f"a{suffix}")
     assert_same(anycard.read(tmp_path / f"a{suffix}"), on_cpu(model))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_and_small_tensors_together_onto_a_card(tmp_path, suffix, dtype):
+    """Tensors of several chunks, of one, and thousands of small ones: built on the card, and into what stands there."""
+    build = lambda: nn.ModuleDict(  # noqa: E731
+        {"large": nn.Linear(3001, 2003), "small": nn.ModuleList(nn.Linear(3, 2) for _ in range(2000))}
+    )
+    source = filled(build())
+    anycard.save(source, tmp_path / f"a{suffix}")
+    want = {name: tensor.to(dtype) for name, tensor in weights(source).items()}
+    built = anycard.load(tmp_path / f"a{suffix}", build, device="cuda", dtype=dtype)
+    there = anycard.load(tmp_path / f"a{suffix}", filled(build(), 5).to("cuda", dtype))
+    for model in (built, there):
+        assert devices(model) == {"cuda:0"}
+        assert_same(on_cpu(model), want)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_large_tensors_of_odd_strides_from_and_to_a_card(tmp_path, suffix):
+    """Transposed ones, and views with gaps, of several chunks: saved from the card and filled on it."""
+    value = torch.arange(1100 * 2003.0).reshape(1100, 2003)
+    for turned in (lambda x: x.t().contiguous().t(), lambda x: x.new_zeros(1100, 2003, 2)[..., 1].copy_(x)):
+        model = nn.Module()
+        model.register_buffer("x", turned(value.cuda()))
+        anycard.save(model, tmp_path / f"a{suffix}")
+        assert_same(anycard.read(tmp_path / f"a{suffix}"), {"x": value})
+        model.x.zero_()
+        anycard.load(tmp_path / f"a{suffix}", model)
+        assert_same(on_cpu(model), {"x": value})
+
+
+def test_a_load_waits_for_what_was_asked_of_the_card_before(tmp_path):
+    """Work that is queued on the caller's stream before the load does not overwrite what was loaded."""
+    source = filled(nn.Linear(3000, 3000))
+    anycard.save(source, tmp_path / "a.pth")
+    model = nn.Linear(3000, 3000).cuda()
+    other = torch.rand(3000, 3000, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(50):
+            model.weight.copy_(other @ other)
+        anycard.load(tmp_path / "a.pth", model)
+    assert_same(on_cpu(model), weights(source))

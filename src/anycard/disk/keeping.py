@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from anycard.disk import vectors
 from anycard.disk.source import FileSource, MemorySource, Source
-from anycard.disk.transfer import Batch, Pieces, Reads
+from anycard.disk.transfer import Pieces, Reads
 from anycard.limits import DEFAULT
 
 _NAME = "the way back"
@@ -33,8 +33,9 @@ def keep(addresses: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> Source:
         return _in_memory(addresses, nbytes)
     try:
         reads = Reads(np.cumsum(nbytes) - nbytes, nbytes, addresses, ())
-        for batch in Pieces(reads, DEFAULT).batches(DEFAULT):  # one writes at a time anyhow
-            _write(fd, batch)
+        pieces = Pieces(reads, DEFAULT.chunk_nbytes)
+        for rows in pieces.batches():  # one writes at a time anyhow
+            _write(fd, int(pieces.start[rows.start]), pieces.table(rows, pieces.address[rows]))
     except OSError:  # no room for files in memory (a container may bound them)
         os.close(fd)
         return _in_memory(addresses, nbytes)
@@ -44,11 +45,11 @@ def keep(addresses: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> Source:
     return FileSource(_NAME, fd, owned=True)
 
 
-def _write(fd: int, batch: Batch) -> None:
-    done, total, left = 0, int(batch.table[:, 1].sum()), batch.table
+def _write(fd: int, start: int, table: vectors.Table) -> None:
+    done, total, left = 0, int(table[:, 1].sum()), table
     while done < total:
-        done += vectors.write_table(fd, batch.start + done, left)
-        left = vectors.rest_of(batch.table, done) if done < total else left
+        done += vectors.write_table(fd, start + done, left)
+        left = vectors.rest_of(table, done) if done < total else left
 
 
 def _unnamed_file() -> int:

@@ -170,7 +170,7 @@ class _Writes(Generic[D]):
         parts: list[bytes] = []
         start = end = -1
         for index in group:
-            data = b"".join(self._chunks(index))
+            data = b"".join(map(bytes, self._chunks(index)))  # a chunk is valid until the next one
             head = self._before(index, self._digests[index])
             place = self._placed[index].offset - len(head)
             if place != end and parts:

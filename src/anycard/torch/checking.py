@@ -118,7 +118,7 @@ def _plainly_apart(fills: Fills) -> bool:
     if not all(fills.plain):
         return False
     starts = fills.addresses
-    ends = starts + fills.nbytes.astype(np.uint64)
+    ends = starts + fills.nbytes
     order = np.argsort(starts)
     return bool((ends[order[:-1]] <= starts[order[1:]]).all())
 

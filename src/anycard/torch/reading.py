@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +24,7 @@ from anycard.names.plain import plain
 from anycard.pickles.stubs import Counted, Inert
 from anycard.progress import Progress, counting
 from anycard.tensors import Storage, TensorInfo, is_dense
+from anycard.torch import staging
 from anycard.torch.dtypes import PLAIN, TO_TORCH
 from anycard.warning import warn
 
@@ -77,11 +78,11 @@ class Fills:
         return np.array([tensor.data_ptr() for tensor in self.tensors], np.uint64)
 
     @property
-    def nbytes(self) -> NDArray[np.int64]:
+    def nbytes(self) -> NDArray[np.uint64]:
         """Bytes of the tensors' elements."""
         if all(self.alike):
-            return np.array([info.form.nbytes for info in self.infos], np.int64)
-        return np.array([tensor.nbytes for tensor in self.tensors], np.int64)
+            return np.array([info.form.nbytes for info in self.infos], np.uint64)
+        return np.array([tensor.nbytes for tensor in self.tensors], np.uint64)
 
 
 @dataclass
@@ -111,11 +112,37 @@ class Filling:
                 run_reads(source, reads, done, limits=limits)
         finally:  # writing by address is nothing that autograd sees
             _increment_versions(self.straight.tensors)
+        if len(self.staged):
+            self._run_staged(done, limits)
+
+    def _run_staged(self, done: Callable[[int], None] | None, limits: Limits) -> None:
+        fitting, others = _divided(self.staged, lambda fill: staging.fits(fill.tensor, fill.info))
+        try:
+            for source, fills in _by_source(fitting).items():
+                stage = staging.Staging(fills.tensors, fills.infos)
+                within = limits if stage.readers is None else replace(limits, threads=stage.readers)
+                run_reads(source, _reads(fills, self.check), done, stage=stage, limits=within)
+        finally:
+            _increment_versions(fitting.tensors)
         with torch.no_grad():
-            for tensor, info, name, _, _ in self.staged:
+            for tensor, info, name, _, _ in others:
                 tensor.detach().copy_(read_tensor(info, name, check=self.check, limits=limits).reshape(tensor.shape))
                 if done is not None:
                     done(info.nbytes)
+
+
+def _divided(fills: Fills, wanted: Callable[[Fill], bool]) -> tuple[Fills, Fills]:
+    """Those that are wanted, and the others."""
+    rows = [(fill, wanted(fill)) for fill in fills]
+    return Fills.of(fill for fill, yes in rows if yes), Fills.of(fill for fill, yes in rows if not yes)
+
+
+def _by_source(fills: Fills) -> dict[Source, Fills]:
+    groups: dict[Source, list[Fill]] = {}
+    for fill in fills:
+        assert fill.info.storage.source is not None
+        groups.setdefault(fill.info.storage.source, []).append(fill)
+    return {source: Fills.of(group) for source, group in groups.items()}
 
 
 def _increment_versions(tensors: Sequence[torch.Tensor]) -> None:
@@ -133,19 +160,14 @@ def prepare(fills: Fills, *, check: bool = True) -> Filling:
     """
     straight, staged = fills, Fills()
     if not _all_straight(fills):
-        rows = [(fill, _goes_straight(fill)) for fill in fills]
-        straight = Fills.of([fill for fill, goes in rows if goes])
-        staged = Fills.of([fill for fill, goes in rows if not goes])
+        straight, staged = _divided(fills, _goes_straight)
     sources = [info.storage.source for info in straight.infos]
     if len(set(sources)) > 1:
-        groups: dict[Source | None, list[Fill]] = {source: [] for source in sources}
-        for source, fill in zip(sources, straight, strict=True):
-            groups[source].append(fill)
-        several = {source: Fills.of(group) for source, group in groups.items()}
-        straight = Fills.of(chain.from_iterable(groups.values()))
+        several = _by_source(straight)
+        straight = Fills.of(chain.from_iterable(several.values()))
     else:
-        several = dict.fromkeys(sources[:1], straight)
-    reads = [(source, _reads(group, check)) for source, group in several.items() if source is not None]
+        several = {source: straight for source in sources[:1] if source is not None}
+    reads = [(source, _reads(group, check)) for source, group in several.items()]
     return Filling(straight, reads, staged, check)
 
 
@@ -153,7 +175,7 @@ def _reads(fills: Fills, check: bool) -> Reads:
     infos = fills.infos
     storages = [info.storage for info in infos]
     offsets = [info.start + storage.offset for info, storage in zip(infos, storages, strict=True)]  # type: ignore[operator]
-    nbytes = fills.nbytes
+    nbytes = np.array([info.form.nbytes for info in infos], np.int64)
     crcs: list[int | None] = []
     if check:
         rows = zip(infos, storages, nbytes.tolist(), strict=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from anycard.collection import uncollected
 from anycard.disk.atomic import replace_file
-from anycard.disk.pieces import Lazy, Piece, counted
+from anycard.disk.pieces import Piece, counted
 from anycard.errors import CheckpointError
 from anycard.formats.registry import format_for
 from anycard.formats.safetensors import KEPT, OURS
@@ -30,7 +30,8 @@ from anycard.torch.dtypes import FROM_TORCH
 from anycard.torch.modules import refuse_assigned_state_dict, walk
 from anycard.torch.plain_data import plain_data
 from anycard.torch.state import state_of
-from anycard.torch.storages import Storages, dense_bytes, identity, refuse_kinds
+from anycard.torch.storages import Storages, identity, refuse_kinds
+from anycard.torch.tensor_piece import TensorPiece
 from anycard.torch.whole import pickle_whole
 
 Path = str | os.PathLike[str] | BinaryIO
@@ -153,10 +154,5 @@ def _rows(state: Mapping[str, Any]) -> tuple[_Rows, dict[str, str]]:
         dtype = FROM_TORCH[tensor.dtype]
         if DTYPES[dtype].safetensors is None:
             raise CheckpointError(f"{name}: safetensors has no {dtype}; save as .pt or .pth", name=name)
-        rows.append((name, dtype, tuple(tensor.shape), _piece(tensor)))
+        rows.append((name, dtype, tuple(tensor.shape), TensorPiece(tensor)))
     return rows, ties
-
-
-def _piece(tensor: torch.Tensor) -> Piece:
-    nbytes = tensor.numel() * tensor.element_size()
-    return Lazy(nbytes, lambda: dense_bytes(tensor, row_major_order=True))

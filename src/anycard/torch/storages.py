@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from anycard.disk.pieces import Lazy, Piece
-from anycard.disk.vectors import memory
+from anycard.disk.pieces import Piece
 from anycard.errors import CheckpointError
 from anycard.pickles.writer import TensorRef
 from anycard.tensors import is_dense, row_major, span_numel
-from anycard.torch.dtypes import FROM_TORCH, PLAIN, is_plain
+from anycard.torch.dtypes import FROM_TORCH, PLAIN
+from anycard.torch.tensor_piece import TensorPiece
 
 
 class Storages:
@@ -68,8 +68,7 @@ class Storages:
         )  # fmt: skip
 
     def _queue(self, tensor: torch.Tensor) -> str:
-        nbytes = tensor.numel() * tensor.element_size()
-        return self.add(Lazy(nbytes, lambda: dense_bytes(tensor, row_major_order=False)))
+        return self.add(TensorPiece(tensor, keep_order=True))
 
     def add(self, piece: Piece) -> str:
         """Queue a storage; gives its key."""
@@ -120,7 +119,7 @@ class SharedStorages(Storages):
             return super()._made(tensor, where, parameter, grad)
         nbytes, size = span.end - span.start, tensor.element_size()
         if not span.key:
-            span.key = self.add(Lazy(nbytes, lambda: _span_bytes(span.storage, span.start, nbytes)))
+            span.key = self.add(TensorPiece(_bytes_of(span.storage, span.start, nbytes)))
         offset = int(tensor.storage_offset()) - span.start // size
         return TensorRef(
             span.key, FROM_TORCH[tensor.dtype], "cpu", nbytes // size, offset, tuple(tensor.shape),
@@ -137,11 +136,10 @@ def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.untyped_storage().data_ptr(), tensor.device, tensor.dtype
 
 
-def _span_bytes(storage: torch.UntypedStorage, start: int, nbytes: int) -> memoryview:
-    """A part of a storage, on the CPU."""
+def _bytes_of(storage: torch.UntypedStorage, start: int, nbytes: int) -> torch.Tensor:
+    """A stretch of a storage, byte by byte."""
     held = torch.empty(0, dtype=torch.uint8, device=storage.device)
-    flat = held.set_(storage, start, (nbytes,)).cpu()  # type: ignore[call-overload]
-    return _bytes_of(flat.untyped_storage(), int(flat.storage_offset()), nbytes)
+    return held.set_(storage, start, (nbytes,))  # type: ignore[call-overload, no-any-return]
 
 
 def refuse_kinds(tensor: torch.Tensor, name: str) -> None:
@@ -190,21 +188,3 @@ def _place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def _keeps_strides(tensor: torch.Tensor) -> bool:
     return is_dense(tuple(tensor.shape), tuple(tensor.stride()))
-
-
-def dense_bytes(tensor: torch.Tensor, *, row_major_order: bool) -> memoryview:
-    """A tensor's bytes on the CPU: as they lie where dense, else row-major. The tensor is to be kept alive."""
-    if is_plain(tensor) and tensor.is_cpu and not (tensor.is_conj() or tensor.is_neg()):
-        return memory(tensor.data_ptr(), tensor.nbytes)
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
-    if row_major_order or not _keeps_strides(tensor):
-        plain = plain.contiguous()
-    elif plain.stride() != tensor.stride():  # what resolved or moved it has laid it out anew
-        plain = torch.empty_strided(tensor.shape, tensor.stride(), dtype=plain.dtype, device="cpu").copy_(plain)
-    return _bytes_of(plain.untyped_storage(), int(plain.storage_offset()) * plain.element_size(), plain.nbytes)
-
-
-def _bytes_of(storage: torch.UntypedStorage, start: int, nbytes: int) -> memoryview:
-    """A stretch of a CPU storage; the view keeps it alive."""
-    flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, start, (nbytes,))  # type: ignore[call-overload]
-    return memoryview(flat.numpy().data)
