@@ -134,14 +134,13 @@ class Form:
         conj, neg: torch's lazy conjugate and negative bits.
         parameter: It was pickled as an `nn.Parameter`.
         requires_grad: As stored.
-        kind: "dense", or why it cannot be given as a plain tensor ("sparse", …).
         nbytes: Bytes of the elements.
         span: Bytes from element 0 to the end of the last element.
         row_major: The elements are stored in row-major order without gaps.
     """
 
     __slots__ = (
-        "conj", "dtype", "kind", "nbytes", "neg", "parameter", "requires_grad", "row_major", "shape", "span", "stride",
+        "conj", "dtype", "nbytes", "neg", "parameter", "requires_grad", "row_major", "shape", "span", "stride",
     )  # fmt: skip
 
     def __init__(
@@ -154,7 +153,6 @@ class Form:
         neg: bool = False,
         parameter: bool = False,
         requires_grad: bool = False,
-        kind: str = "dense",
     ) -> None:
         self.dtype = dtype
         self.shape = shape
@@ -163,7 +161,6 @@ class Form:
         self.neg = neg
         self.parameter = parameter
         self.requires_grad = requires_grad
-        self.kind = kind
         itemsize = DTYPES[dtype].itemsize
         self.nbytes = math.prod(shape) * itemsize
         self.span = span_numel(shape, self.stride) * itemsize
@@ -171,7 +168,7 @@ class Form:
 
     def replace(self, **changes: Any) -> Form:
         """The same with some attributes changed."""
-        names = ("dtype", "shape", "stride", "conj", "neg", "parameter", "requires_grad", "kind")
+        names = ("dtype", "shape", "stride", "conj", "neg", "parameter", "requires_grad")
         return form_of(**{name: changes.get(name, getattr(self, name)) for name in names})
 
 
@@ -228,11 +225,6 @@ class TensorInfo:
     def requires_grad(self) -> bool:
         """As stored."""
         return self.form.requires_grad
-
-    @property
-    def kind(self) -> str:
-        """ "dense", or why it cannot be given as a plain tensor ("sparse", …)."""
-        return self.form.kind
 
     @property
     def numel(self) -> int:

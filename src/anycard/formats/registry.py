@@ -115,7 +115,7 @@ def read_file_index(source: Source, limits: Limits = DEFAULT) -> Index:
     for row in FORMATS:
         if head.startswith(row.starts) and (row.module != "anycard.formats.legacy" or _legacy(head)):
             return _read(row.module, source, limits)
-    if _like_safetensors(head, source.size):
+    if _like_safetensors(head):
         return _read("anycard.formats.safetensors", source, limits)
     if importlib.import_module(_TAR).is_legacy_tar(source, limits):
         return _read(_TAR, source, limits)
@@ -130,7 +130,7 @@ def is_checkpoint(head: bytes) -> bool:
     known = any(
         head.startswith(row.starts) and (row.module != "anycard.formats.legacy" or _legacy(head)) for row in FORMATS
     )
-    return known or (len(head) > 8 and _like_safetensors(head, len(head)))
+    return known or (len(head) > 8 and _like_safetensors(head))
 
 
 def _is_plain(head: bytes) -> bool:
@@ -174,14 +174,14 @@ def _read(module: str, source: Source, limits: Limits, *member: str | None) -> I
     return index
 
 
-def _like_safetensors(head: bytes, size: int) -> bool:
+def _like_safetensors(head: bytes) -> bool:
     """Eight bytes of length, then JSON; also where the file is cut short within them."""
-    if source_named_cut(head):
+    if _is_cut_header(head):
         return True
     return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40
 
 
-def source_named_cut(head: bytes) -> bool:
+def _is_cut_header(head: bytes) -> bool:
     """Shorter than a header's length field, and all but its low bytes zero."""
     return len(head) < 9 and len(head) > 3 and head[4:] == b"\0" * len(head[4:])
 

@@ -47,8 +47,6 @@ BY_PATH: dict[str, Wrapper] = {row.path: row for row in WRAPPERS}
 OWN_NAMES = frozenset(name for row in WRAPPERS for name in row.own)
 # Segments that are nobody's own names: they go wherever they stand.
 SEGMENTS = frozenset(row.child for row in WRAPPERS if row.child != "module")
-# What stands for a segment in a stored name, for people.
-LABELS = {"module": "DataParallel or DistributedDataParallel", "_orig_mod": "torch.compile"}
 
 
 def wrapper_of(paths: Iterable[str]) -> Wrapper | None:

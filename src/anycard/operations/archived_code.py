@@ -49,7 +49,7 @@ class Archive:
         if self._folder is None:
             return {}
         modules = modules_of(self._records, self._folder)
-        return {module: what_runs(self._code(name), module, modules) for module, name in modules.items()}
+        return {module: what_runs(self._code(name), modules) for module, name in modules.items()}
 
     @cached_property
     def _harmless(self) -> frozenset[str]:

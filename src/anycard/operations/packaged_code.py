@@ -71,11 +71,10 @@ def modules_of(names: Iterable[str], folder: str) -> dict[str, str]:
     return found
 
 
-def what_runs(code: bytes, module: str, modules: Mapping[str, str]) -> str:
+def what_runs(code: bytes, modules: Mapping[str, str]) -> str:
     """The first thing that importing a source, or loading an object of its classes, would run; "" for none.
 
     Args:
-        module: Its dotted name.
         modules: All that the package holds, which it may import.
     """
     if len(code) > _MOST_SOURCE:

@@ -61,9 +61,6 @@ class Inert:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def append(self, item: Any) -> None:
-        self.extend((item,))
-
     def extend(self, items: Any) -> None:
         if not isinstance(self.items, list):
             self.items = []

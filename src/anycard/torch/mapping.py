@@ -30,7 +30,7 @@ class Mappings:
         source, offset = info.storage.source, info.offset
         if source is None or offset is None or not plain_bytes(info) or not info.contiguous or not info.nbytes:
             return None
-        if TO_TORCH.get(info.dtype) != dtype or info.kind != "dense":
+        if TO_TORCH.get(info.dtype) != dtype:
             return None
         if source not in self._maps:
             self._maps[source] = source.mapped()

@@ -235,7 +235,7 @@ def read_tensor(info: TensorInfo, name: str = "", *, check: bool = True, limits:
         check: See `Filling`.
 
     Raises:
-        FormatError: Its bytes are not there, damaged, or it is no plain tensor.
+        FormatError: Its bytes are not there or damaged, or this PyTorch lacks its dtype.
     """
     tensor = empty_for(info)
     if tensor is not None:
@@ -260,11 +260,11 @@ def empty_for(info: TensorInfo) -> torch.Tensor | None:
     """New memory that the stored bytes can go straight into; None where they cannot.
 
     Raises:
-        FormatError: It is no plain tensor.
+        FormatError: This PyTorch lacks its dtype.
     """
     dtype = TO_TORCH.get(info.dtype)
-    if dtype is None or info.kind != "dense":
-        raise FormatError(f"a {info.kind} tensor of {info.dtype} cannot be given as a plain tensor")
+    if dtype is None:
+        raise FormatError(f"a tensor of {info.dtype} cannot be given: this PyTorch has no such dtype")
     if plain_bytes(info) and is_dense(info.shape, info.stride):
         return torch.empty_strided(info.shape, info.stride, dtype=dtype, device="cpu")
     return None

@@ -87,6 +87,6 @@ def fits(tensor: torch.Tensor, info: TensorInfo) -> bool:
     storage, form = info.storage, info.form
     if storage.source is None or storage.offset is None or storage.missing or form.conj or form.neg:
         return False
-    if info.kind != "dense" or info.dtype not in TO_TORCH or not is_dense(form.shape, form.stride):
+    if info.dtype not in TO_TORCH or not is_dense(form.shape, form.stride):
         return False
     return (type(tensor) in PLAIN or type(tensor.data) is torch.Tensor) and tensor.layout is torch.strided
