@@ -55,7 +55,13 @@ class CheckpointError(RuntimeError):
 
 
 class FormatError(CheckpointError, ValueError):
-    """The file is corrupt, cut short, or no checkpoint at all."""
+    """The file is corrupt, cut short, or no checkpoint at all.
+
+    Attributes:
+        cut_short: A pickle goes on behind the bytes that were given: more of them, where there are more, may help.
+    """
+
+    cut_short: bool = False
 
 
 class UntrustedError(CheckpointError, pickle.UnpicklingError):

@@ -97,6 +97,10 @@ def _zstd() -> Any:
     return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW.bit_length() - 1})
 
 
+class _DamagedError(FormatError):
+    """What was taken for a stream decodes to nothing."""
+
+
 def _zstandard() -> Any:
     try:
         import zstandard
@@ -134,7 +138,7 @@ def begun(source: Source) -> bytes | None:
         try:
             made += _decoded(decoder, head[at : at + 1], _PIECE, "", at)
         except FormatError as error:
-            return bytes(made) if "damaged" in str(error) else None
+            return bytes(made) if isinstance(error, _DamagedError) else None
         if decoder.eof or not decoder.needs_input:
             return None
     return bytes(made) if len(head) == source.size else None
@@ -175,8 +179,8 @@ def inflated(source: Source, most: int, least: int = _MOST, *, whole: bool = Fal
                 raise FormatError(f"the file is cut short: its {kind} stream does not end", offset=source.size)
             try:
                 piece = _decoded(decoder, fed, 1 if may_be_none else _PIECE, kind, at)
-            except FormatError as error:
-                if may_be_none and "damaged" in str(error):
+            except _DamagedError:
+                if may_be_none:
                     return
                 raise
             may_be_none = False
@@ -197,8 +201,10 @@ def _decoded(decoder: Any, fed: bytes, most: int, kind: str, at: int) -> bytes:
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - zlib.error, OSError, LZMAError, EOFError: each module has its own
-        why = "needs too much memory" if "memory" in str(error).lower() else "is damaged"
-        raise FormatError(f"the {kind} stream {why}: {str(error)[:200]}", offset=at) from None
+        told = str(error)[:200]
+        if "memory" in told.lower():
+            raise FormatError(f"the {kind} stream needs too much memory: {told}", offset=at) from None
+        raise _DamagedError(f"the {kind} stream is damaged: {told}", offset=at) from None
     return piece
 
 

@@ -32,7 +32,7 @@ def read_index(source: Source, limits: Limits) -> Index:
             tree, keys, end = _pickles(source.read(0, size), storages, limits)
             break
         except FormatError as error:
-            if size >= min(source.size, limits.index_nbytes) or "cut short" not in str(error):
+            if size >= min(source.size, limits.index_nbytes) or not error.cut_short:
                 raise
             size = min(source.size, limits.index_nbytes, size * 4)
     storages.place(keys, end)

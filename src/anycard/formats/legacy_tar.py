@@ -92,7 +92,7 @@ def _small_pickle(source: Source, at: int, end: int, limits: Limits, read: _Read
             return value, at + taken
         except FormatError as error:
             most = min(end - at, limits.index_nbytes)
-            if size >= most or "cut short" not in str(error):
+            if size >= most or not error.cut_short:
                 raise
             size = min(size * 16, most)
 

@@ -43,7 +43,7 @@ def _from_file(source: Source, limits: Limits, text: bool) -> tuple[Any, int]:
     try:
         return _checked(_pickles(source.read(0, size), source, limits), source, text)
     except FormatError as error:
-        if "cut short" not in str(error) or size == source.size:
+        if not error.cut_short or size == source.size:
             raise _unknown(source) if text else error from None
     if source.size > limits.index_nbytes:
         raise FormatError(f"a plain pickle of {source.size:,} bytes: at most {limits.index_nbytes:,} are read")

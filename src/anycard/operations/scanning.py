@@ -248,7 +248,7 @@ class _Scanner:
             try:
                 record_pickle(data, at, budget_of(data, None, self._limits), record)
             except FormatError as error:
-                more = Outline() if "cut short" in str(error) else outline(source, at)
+                more = Outline() if error.cut_short else outline(source, at)
                 record.globals = {**more.globals, **record.globals}
                 if count and not record.globals and not starts_pickle(data, at):
                     break

@@ -84,6 +84,12 @@ def python_3_name(module: str, name: str) -> tuple[str, str]:
     return _compat_pickle.IMPORT_MAPPING.get(module, module), name
 
 
+def _cut_short(what: str) -> FormatError:
+    error = FormatError(f"the pickle is cut short: {what}")
+    error.cut_short = True
+    return error
+
+
 def _forgotten(pid: Any) -> Any:
     raise FormatError("the pickle has been read to its end")
 
@@ -128,7 +134,7 @@ class Machine:
         while True:
             self.at = pos = self.pos
             if pos >= size:
-                raise FormatError(f"the pickle is cut short: no STOP in {size:,} bytes")
+                raise _cut_short(f"no STOP in {size:,} bytes")
             code = data[pos]
             self.pos = pos + 1
             if code == 0x2E:
@@ -155,13 +161,16 @@ class Machine:
         start = self.pos
         self.pos = end = start + nbytes
         if end > self.size:
-            raise FormatError(f"the pickle is cut short: {nbytes:,} bytes are needed, {self.size - start:,} left")
+            raise self._lacks(nbytes, start)
         return self.data[start:end]
+
+    def _lacks(self, nbytes: int, start: int) -> FormatError:
+        return _cut_short(f"{nbytes:,} bytes are needed, {self.size - start:,} left")
 
     def skip(self, nbytes: int) -> None:
         """Pass over the next bytes."""
         if self.pos + nbytes > self.size:
-            raise FormatError(f"the pickle is cut short: {nbytes:,} bytes are needed, {self.size - self.pos:,} left")
+            raise self._lacks(nbytes, self.pos)
         self.pos += nbytes
 
     def inner(self) -> Any:
@@ -177,7 +186,7 @@ class Machine:
 
     def overrun(self, size: int) -> None:
         """A frame is longer than the pickle, which C's unpickler refuses before it goes into it."""
-        raise FormatError(f"the pickle is cut short: a frame of {size:,} bytes, {self.size - self.pos:,} left")
+        raise _cut_short(f"a frame of {size:,} bytes, {self.size - self.pos:,} left")
 
     def framed(self, end: int) -> None:
         """A frame goes up to there, which is of no use to a reader."""
@@ -193,7 +202,7 @@ class Machine:
         """The next byte as an unsigned integer."""
         start = self.pos
         if start >= self.size:
-            raise FormatError("the pickle is cut short: a byte is needed, none is left")
+            raise self._lacks(1, start)
         self.pos = start + 1
         return self.data[start]
 
@@ -202,14 +211,14 @@ class Machine:
         start = self.pos
         self.pos = end = start + nbytes
         if end > self.size:
-            raise FormatError(f"the pickle is cut short: {nbytes:,} bytes are needed, {self.size - start:,} left")
+            raise self._lacks(nbytes, start)
         return int.from_bytes(self.data[start:end], "little")
 
     def raw_line(self) -> bytes:
         """The bytes up to the next line feed."""
         end = self.data.find(b"\n", self.pos)
         if end < 0:
-            raise FormatError("the pickle is cut short within a line")
+            raise _cut_short("a line does not end")
         text = self.data[self.pos : end]
         self.pos = end + 1
         return text
