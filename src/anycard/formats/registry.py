@@ -1,10 +1,13 @@
-"""Which format a file is, told by its content. A new format is one file here and one row below."""
+"""Which format a file is, told by its content. A new format is a file here and a line in a table below.
+
+Archives of torch's of other kinds are told in `torch_zip`, what folders hold in `folders`.
+"""
 
 from __future__ import annotations
 
 import importlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from anycard.disk.folder import Folder, home_of
 from anycard.disk.source import Source
@@ -19,50 +22,21 @@ SUFFIXES = {
 }
 
 
-class Row(NamedTuple):
-    """A format: its name, its module (with `read_index(source, limits)`), and how files of it begin."""
-
-    name: str
-    module: str
-    starts: tuple[bytes, ...]
-
-
-_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # LONG1 of torch's legacy magic number
-_MAGIC_TEXT = b"L119547037146038801333356L\n"  # the same in pickle protocol 1
+# torch's magic number, the first pickle of a legacy stream: by LONG1, maybe behind a frame, or in protocol 0 and 1.
+LEGACY = re.compile(
+    rb"(\x80.)?(\x95.{8})?\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.|L119547037146038801333356L\n\.", re.DOTALL
+)
+# How files of a format begin, and its module, which has `read_index(source, limits)`.
 FORMATS = (
-    Row("torch zip", "anycard.formats.torch_zip", (b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06")),
-    Row(
-        "legacy stream",
-        "anycard.formats.legacy",
-        (_MAGIC, _MAGIC_TEXT, *(b"\x80" + bytes([p]) + _MAGIC for p in range(6))),
-    ),
-    Row("legacy stream", "anycard.formats.legacy", tuple(b"\x80" + bytes([p]) + b"\x95" for p in (4, 5))),
+    (re.compile(rb"PK(\x03\x04|\x05\x06|\x06\x06)"), "anycard.formats.torch_zip"),
+    (LEGACY, "anycard.formats.legacy"),
 )
-# What can only be told once it is known not to be safetensors, whose first bytes are a number.
-LATE = (
-    Row(
-        "plain pickle",
-        "anycard.formats.plain_pickle",
-        (
-            *(b"\x80" + bytes([p]) for p in range(6)),
-            b"(",
-            b"]",
-            b"}",
-            b")",
-            b"c",
-            b"\x1f\x8b",
-            b"\x78\x01",
-            b"\x78\x5e",
-            b"\x78\x9c",
-            b"\x78\xda",
-            b"BZh",
-            b"\xfd7zXZ\0",
-            b"\x28\xb5\x2f\xfd",
-            b"\x5d\0",
-        ),
-    ),
-)
+_SAFETENSORS = "anycard.formats.safetensors"  # eight bytes of a number, then JSON
 _TAR = "anycard.formats.legacy_tar"  # a tar, told by its members
+# Told only once it is known to be neither: a pickle's first opcode, or a compressed stream's signature.
+_PICKLE = re.compile(
+    rb"\x80[\0-\5]|[(\]})c]|\x1f\x8b|\x78[\x01\x5e\x9c\xda]|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|\x5d\0", re.DOTALL
+)
 _HOLDERS = "anycard.formats.holders"  # files that hold checkpoints
 # A file of a checkpoint that is several files, told by its name: it leads to its folder.
 _PARTS = (
@@ -112,25 +86,18 @@ def read_file_index(source: Source, limits: Limits = DEFAULT) -> Index:
     head = source.read(0, min(source.size, 1024))
     if not head:
         raise FormatError("the file is empty (0 bytes), or the open file stands at its end", path=source.name, offset=0)
-    for row in FORMATS:
-        if head.startswith(row.starts) and (row.module != "anycard.formats.legacy" or _legacy(head)):
-            return _read(row.module, source, limits)
-    if _like_safetensors(head):
-        return _read("anycard.formats.safetensors", source, limits)
+    if module := _told_by(head):
+        return _read(module, source, limits)
     if importlib.import_module(_TAR).is_legacy_tar(source, limits):
         return _read(_TAR, source, limits)
-    for row in LATE:
-        if head.startswith(row.starts):
-            return _read(row.module, source, limits)
+    if _PICKLE.match(head):
+        return _read("anycard.formats.plain_pickle", source, limits)
     raise FormatError(_explain(head), path=source.name, offset=0)
 
 
 def is_checkpoint(head: bytes) -> bool:
     """A file that begins so is a checkpoint by its magic number; or a zip, which may be anything."""
-    known = any(
-        head.startswith(row.starts) and (row.module != "anycard.formats.legacy" or _legacy(head)) for row in FORMATS
-    )
-    return known or (len(head) > 8 and _like_safetensors(head))
+    return bool(_told_by(head)) and len(head) > 8
 
 
 def _is_plain(head: bytes) -> bool:
@@ -140,9 +107,10 @@ def _is_plain(head: bytes) -> bool:
     return is_checkpoint(head)
 
 
-def _legacy(head: bytes) -> bool:
-    """The magic number is the first pickle's value, maybe behind a frame."""
-    return _MAGIC in head[:32] or head.startswith(_MAGIC_TEXT)
+def _told_by(head: bytes) -> str:
+    """The module of the format that the first bytes tell, or ""."""
+    module = next((module for begins, module in FORMATS if begins.match(head)), "")
+    return module or (_SAFETENSORS if _like_safetensors(head) else "")
 
 
 def _part(source: Source) -> Any:

@@ -11,6 +11,7 @@ from anycard.containers.zip_directory import read_directory
 from anycard.disk.source import Source, WindowSource
 from anycard.errors import FormatError
 from anycard.formats import safetensors
+from anycard.formats.registry import LEGACY
 from anycard.limits import Limits
 from anycard.operations.archived_code import Context
 from anycard.pickles.judging import RUNS, judge
@@ -27,8 +28,6 @@ _PROTO = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))  # no pickle
 _STORAGE = re.compile(r"(^|/)(\.?data/\d+(\.storage)?|data/weights/weight_\d+|data/constants/tensor_\d+)$")
 _MOST_ARCHIVES = 10_000
 _DESCRIPTION = re.compile(rb"'descr'\s*:\s*(.{1,65536}?),\s*'fortran_order'", re.DOTALL)
-_OLD_MAGIC = b"L119547037146038801333356L\n."  # torch's magic number in protocols 0 and 1
-_MAGIC = re.compile(rb"(\x80.)?(\x95.{8})?\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.", re.DOTALL)
 
 
 def raw_folders(names: Iterable[str]) -> frozenset[str]:
@@ -47,7 +46,7 @@ def is_raw(name: str, folders: frozenset[str]) -> bool:
 def told_by(name: str, head: bytes, context: Context) -> Context:
     """A member that neither its name nor PROTO tells to be a pickle may be anything; storages begin with any byte."""
     plain = _PACKED.sub("", name.lower())
-    begins = head.startswith((*_PROTO, _OLD_MAGIC)) and not _STORAGE.search(name)
+    begins = (head.startswith(_PROTO) or is_legacy(head)) and not _STORAGE.search(name)
     return context._replace(tentative=not plain.endswith(NAMED) and not begins, joblib=plain.endswith(".joblib"))
 
 
@@ -118,7 +117,7 @@ def old_joblib(source: Source) -> Source:
 
 def is_legacy(data: bytes) -> bool:
     """A torch file from before 1.6."""
-    return data.startswith(_OLD_MAGIC) or _MAGIC.match(data) is not None
+    return LEGACY.match(data) is not None
 
 
 def tells(found: Outline, size: int) -> bool:
