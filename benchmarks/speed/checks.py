@@ -39,6 +39,21 @@ def same_module(subject: Subject) -> Check:
     return lambda module: same(subject, module.state_dict())
 
 
+def cast_module(path: Path, dtype: str) -> Check:
+    """A check of a module of another dtype than its file (a torch zip)."""
+
+    def check(module: torch.nn.Module) -> None:
+        import torch
+
+        want, got = torch.load(path, weights_only=True, mmap=True), module.state_dict()
+        if want.keys() != got.keys() or not all(
+            torch.equal(got[n], t.to(getattr(torch, dtype))) for n, t in want.items()
+        ):
+            raise NotExactError(f"the tensors are not the file's as {dtype}")
+
+    return check
+
+
 def same_file(subject: Subject) -> Check:
     """A check of the file that comes out, by the library of its format."""
 

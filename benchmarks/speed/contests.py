@@ -115,6 +115,13 @@ def into(subject: str, kind: str, cache: str, peers: Mapping[str, tuple[Contesta
     return Contest(f"into a model, {subject} .{kind}, {cache}", subject, cache, (floor, *peers[kind], ours))
 
 
+def cast(subject: str, dtype: str) -> Contest:
+    """Into a model of another dtype."""
+    contestants = (*_OTHERS["pth"], Contestant("anycard", OURS, "loading:anycard_into"))
+    named = tuple(replace(c, options={**c.options, "dtype": dtype}) for c in contestants)
+    return Contest(f"into a model of {dtype}, {subject} .pth, warm", subject, "warm", named)
+
+
 def small() -> Contest:
     """10,000 tensors of 1 KB, and 10 of them for what a load costs anyhow."""
     ours = [
@@ -217,6 +224,7 @@ _SUBJECTS = {
     "large bf16": Model(320, 2048, "bfloat16"),
     "small tensors": Model(10_000, 16, bias=False),
     "ten tensors": Model(10, 16, bias=False),
+    "one tensor": Model(1, 8192, bias=False),
     **{f"{size} layers": Model(size, 32) for size in (250, 500, 1000)},
 }
 WARM_UP, TINY = "warm-up", Model(2, 16)  # what every contestant runs on first
@@ -241,6 +249,7 @@ FULL = Profile(
         *hashing("large fp32"),
         *processes("large fp32"),
         gpu("large fp32"),
+        cast("one tensor", "bfloat16"),
         ready("large bf16"),
         *(into("large bf16", kind, cache, _BEST) for kind in _KINDS for cache in ("warm", "cold")),
     ),

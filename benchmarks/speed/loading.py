@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import anycard
-from speed.checks import Act, Check, same_bytes, same_module
+from speed.checks import Act, Check, cast_module, same_bytes, same_module
 from speed.floors import read_all
 from speed.subjects import FILES, Subject
 
@@ -19,11 +19,13 @@ def kind_of(path: Path) -> str:
     return next(kind for kind, name in FILES.items() if name == path.name)
 
 
-def existing(subject: Subject) -> nn.Module:
-    """A model that is there, its memory touched, its values wrong."""
+def existing(subject: Subject, dtype: str = "") -> nn.Module:
+    """A model that is there, its memory touched, its values wrong; of the file's dtype where none is given."""
     with torch.device("meta"):
         model = subject.model.factory()()
     model.to_empty(device="cpu")
+    if dtype:
+        model.to(getattr(torch, dtype))
     for tensor in model.state_dict().values():
         tensor.fill_(7)
     return model
@@ -72,15 +74,17 @@ def bare_into(subject: Subject, path: Path) -> tuple[Act, Check]:
     return act, same_bytes(subject, kind_of(path))
 
 
-def anycard_into(subject: Subject, path: Path) -> tuple[Act, Check]:
+def anycard_into(subject: Subject, path: Path, *, dtype: str = "") -> tuple[Act, Check]:
     """One call, from a path and a model."""
-    model = existing(subject)
-    return lambda: anycard.load(path, model), same_module(subject)
+    model = existing(subject, dtype)
+    return lambda: anycard.load(path, model), cast_module(path, dtype) if dtype else same_module(subject)
 
 
-def torch_load(subject: Subject, path: Path, *, mmap: bool = False, copy: bool = False) -> tuple[Act, Check]:
+def torch_load(
+    subject: Subject, path: Path, *, mmap: bool = False, copy: bool = False, dtype: str = ""
+) -> tuple[Act, Check]:
     """torch.load, then load_state_dict or `copy_` by name."""
-    model = existing(subject)
+    model = existing(subject, dtype)
 
     def act() -> nn.Module:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -90,7 +94,7 @@ def torch_load(subject: Subject, path: Path, *, mmap: bool = False, copy: bool =
             model.load_state_dict(weights)
         return model
 
-    return act, same_module(subject)
+    return act, cast_module(path, dtype) if dtype else same_module(subject)
 
 
 def copy_by_name(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
