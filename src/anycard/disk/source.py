@@ -91,12 +91,12 @@ class Source:
 
 
 class FileSource(Source):
-    """A file by descriptor, read by `pread` (no shared position)."""
+    """A file by descriptor, read by `pread` (no shared position); one that is owned is closed when it is let go."""
 
     def __init__(self, name: str, fd: int, *, owned: bool, base: int = 0) -> None:
-        super().__init__(name, os.fstat(fd).st_size - base)
         self._fd = fd
         self._owned = owned
+        super().__init__(name, os.fstat(fd).st_size - base)
         self.base = base
         self._lock = threading.Lock()
 
@@ -152,9 +152,12 @@ class FileSource(Source):
         return len(data)
 
     def close(self) -> None:
-        if self._owned and self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if self._owned and fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class StreamSource(Source):
