@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from anycard.containers.inflated import Inflated, inflates_like_a_bomb, record_bytes
@@ -56,34 +56,58 @@ def scan(path: str | os.PathLike[str], *, allow: Iterable[str] = (), limits: Lim
         FileNotFoundError: There is no such file.
     """
     scanner = _Scanner(os.fspath(path), frozenset([allow] if isinstance(allow, str) else allow), limits)
-    for file, label in _files(os.fspath(path)):
-        try:
-            source = open_source(file)
-        except FormatError as error:
-            scanner.report.unreadable.append(f"{label or file}: {error.args[0]}")
-            continue
-        try:
-            if label:
-                scanner.member(source, label, label, 1, _PLAIN)
-            else:
-                named = told_by(file, b"", _PLAIN)
-                scanner.file(source, "", 0, named._replace(tentative=False))
-        finally:
-            source.close()
+    if os.path.isdir(scanner.report.path):  # noqa: PTH112
+        _scan_folder(scanner)
+    else:
+        _scan_file(scanner, scanner.report.path, "")
     order = (RUNS, UNKNOWN)
     scanner.report.findings.sort(key=lambda f: order.index(f.kind) if f.kind in order else len(order))
     return scanner.report
 
 
-def _files(path: str) -> Iterator[tuple[str, str]]:
-    if not os.path.isdir(path):  # noqa: PTH112
-        yield path, ""
-        return
-    for folder, folders, names in os.walk(path):
+def _scan_folder(scanner: _Scanner) -> None:
+    """Every file that a program which opens the folder could come to; what cannot be read is said, and left."""
+    top = scanner.report.path
+
+    def refuse(error: OSError) -> None:
+        where = os.path.relpath(error.filename, top)
+        scanner.report.unreadable.append(f"{top if where == '.' else where}: {error.strerror}")
+
+    for full in _files(top, refuse):
+        try:
+            _scan_file(scanner, full, os.path.relpath(full, top))
+        except OSError as error:  # a link to nothing, or what this user may not read
+            error.filename = full
+            refuse(error)
+
+
+def _files(top: str, refuse: Callable[[OSError], None]) -> Iterator[str]:
+    """The files of a folder and of those in it, through links too; each folder once, as links may lead back."""
+    seen = set()
+    for folder, folders, names in os.walk(top, onerror=refuse, followlinks=True):
+        held = os.stat(folder)  # noqa: PTH116
+        if (held.st_dev, held.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((held.st_dev, held.st_ino))
         folders.sort()
-        for name in sorted(names):
-            full = os.path.join(folder, name)  # noqa: PTH118
-            yield full, os.path.relpath(full, path)
+        yield from (os.path.join(folder, name) for name in sorted(names))  # noqa: PTH118
+
+
+def _scan_file(scanner: _Scanner, file: str, label: str) -> None:
+    try:
+        source = open_source(file)
+    except FormatError as error:
+        scanner.report.unreadable.append(f"{label or file}: {error.args[0]}")
+        return
+    try:
+        if label:
+            scanner.member(source, label, label, 1, _PLAIN)
+        else:
+            named = told_by(file, b"", _PLAIN)
+            scanner.file(source, "", 0, named._replace(tentative=False))
+    finally:
+        source.close()
 
 
 class _Scanner:
