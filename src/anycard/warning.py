@@ -8,8 +8,8 @@ import warnings
 
 def warn(message: str) -> None:
     """A UserWarning at the first frame outside the package."""
-    level, frame = 2, sys._getframe(1)
+    level, frame = 2, sys._getframe(1)  # level 2 is who called this
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("anycard."):
         frame = frame.f_back
         level += 1
-    warnings.warn(message, stacklevel=level - 1)
+    warnings.warn(message, stacklevel=level)
