@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from zlib_ng import zlib_ng
 
+from anycard.arguments import refuse_odd
 from anycard.collection import uncollected
 from anycard.disk.source import Source, open_source
 from anycard.errors import CheckpointError, FormatError, naming
@@ -139,6 +140,7 @@ class Checkpoint:
 
     def chosen(self, key: str | None = None) -> StateDict:
         """The one state dict that is meant; ChoiceError where none or several could be."""
+        refuse_odd(key=key)
         return pick(self.state_dicts, key, self.path)
 
     @cached_property
@@ -197,6 +199,7 @@ class Checkpoint:
         from anycard.formats.safetensors import FINGERPRINT
         from anycard.operations.fingerprinting import fingerprint_of
 
+        refuse_odd(key=key, progress=progress)
         with naming(self.path):
             found = fingerprint_of(self.weights(key), self._limits, progress=progress)
         told = self.metadata.get(FINGERPRINT) if key is None and self.marked else None
@@ -221,6 +224,7 @@ def open_checkpoint(
         ChoiceError: Several checkpoints are inside; or `member` names none, or the file is one itself.
         FileNotFoundError: There is no such file.
     """
+    refuse_odd(member=member)
     source = open_source(file)
     try:
         with uncollected():

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from anycard.progress import on_terminal
+
 if TYPE_CHECKING:
     from anycard.matrix import MatrixReport
 
@@ -46,12 +48,12 @@ def _show(report: MatrixReport, as_json: bool) -> None:
 
     if as_json:
         click.echo(json.dumps(tables.as_data(report), indent=2))
-    elif sys.stdout.isatty():
+    elif on_terminal(sys.stdout):
         from rich.console import Console
 
         Console(highlight=False).print(tables.render(report))
     else:
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         for line in tables.plain_lines(report):
             click.echo(line.encode(encoding, "backslashreplace").decode(encoding))
 
@@ -78,7 +80,7 @@ def _refusal(message: str) -> _RefusalError:
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int, str], None] | None]:
     """A progress bar on stderr, on a terminal only; it leaves nothing behind."""
-    if not sys.stderr.isatty():
+    if not on_terminal(sys.stderr):
         yield None
         return
     from rich.console import Console

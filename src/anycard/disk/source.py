@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import repeat
 from typing import BinaryIO
 
+from anycard.arguments import path_text
 from anycard.errors import FormatError
 
 TYPE_CHECKING = False
@@ -226,7 +227,7 @@ def open_source(file: str | os.PathLike[str] | BinaryIO) -> Source:
         TypeError: Neither a path nor an open binary file.
     """
     if isinstance(file, (str, os.PathLike)):
-        path = os.fspath(file)
+        path = path_text(file)
         if os.path.isdir(path):  # noqa: PTH112 - a path of any kind, without importing pathlib
             from anycard.disk.folder import Folder
 

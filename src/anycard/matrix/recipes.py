@@ -45,7 +45,7 @@ def _fill(path: str, model: torch.nn.Module, _allow: Sequence[str]) -> torch.nn.
 
 
 def _rebuild(path: str, _model: torch.nn.Module, allow: Sequence[str]) -> torch.nn.Module:
-    return cast(torch.nn.Module, anycard.load(path, allow=list(allow)))
+    return anycard.load(path, allow=list(allow))
 
 
 RECIPES: dict[str, Recipe] = {

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from anycard.arguments import refuse_odd
 from anycard.checkpoint import open_checkpoint, tensor_bytes
 
 Path = str | os.PathLike[str] | BinaryIO
@@ -42,6 +43,7 @@ def diff(a: Path, b: Path, *, key: str | None = None, member: str | None = None)
         FormatError: One is damaged, or no checkpoint.
         ChoiceError: One holds several state dicts, and no `key` was given.
     """
+    refuse_odd(key=key, member=member)
     with open_checkpoint(a, member=member) as first, open_checkpoint(b, member=member) as second:
         left, right = first.weights(key), second.weights(key)
         common = [name for name in left if name in right]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anycard.arguments import path_text, refuse_odd
 from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from anycard.collection import uncollected
 from anycard.disk.atomic import replace_file
@@ -67,13 +68,13 @@ def convert(
         CheckpointError: The format cannot hold a tensor; names it. `dst` is as it was.
         ValueError: The suffix of `dst` says no format.
     """
-    kind = format_for(os.fspath(dst))
-    with uncollected(), open_checkpoint(src, member=member) as ckpt, naming(os.fspath(src)):
-        if kind == "safetensors":
-            count, left = _to_safetensors(ckpt, key, os.fspath(dst), progress)
-        else:
-            count, left = _to_zip(ckpt, key, os.fspath(dst), progress)
-        return Conversion(os.fspath(src), os.fspath(dst), kind, count, left, ckpt.wrappers)
+    refuse_odd(key=key, member=member, progress=progress)
+    source, target = path_text(src), path_text(dst)
+    kind = format_for(target)
+    write = _to_safetensors if kind == "safetensors" else _to_zip
+    with uncollected(), open_checkpoint(source, member=member) as ckpt, naming(source):
+        count, left = write(ckpt, key, target, progress)
+        return Conversion(source, target, kind, count, left, ckpt.wrappers)
 
 
 def _to_safetensors(ckpt: Checkpoint, key: str | None, dst: str, progress: Progress) -> tuple[int, tuple[str, ...]]:
@@ -81,7 +82,7 @@ def _to_safetensors(ckpt: Checkpoint, key: str | None, dst: str, progress: Progr
     if key is None:
         _refuse_other_tensors(ckpt, found)
     weights = ckpt.weights(key)
-    with counting(progress, sum(info.nbytes for info in weights.values())) as done:
+    with counting(progress, sum({info.place: info.nbytes for info in weights.values()}.values())) as done:
         proof = Proof(ckpt)
         rows, ties = _rows(weights, proof, done)
         text = json.dumps(_mark(ckpt, found), sort_keys=True, separators=(",", ":"))

@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from blake3 import blake3
 
+from anycard.arguments import refuse_odd
 from anycard.checkpoint import open_checkpoint, tensor_bytes
 from anycard.disk.pieces import FileRange, Lazy, Piece
 from anycard.disk.threads import in_threads
@@ -68,5 +69,6 @@ def fingerprint(
     progress: Progress = None,
 ) -> str:
     """The fingerprint of a file's weights."""
+    refuse_odd(key=key, member=member, progress=progress)
     with open_checkpoint(path, member=member) as ckpt:
         return ckpt.fingerprint(key, progress=progress)

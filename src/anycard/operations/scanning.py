@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from anycard.arguments import allowed, path_text
 from anycard.containers.inflated import Inflated, inflates_like_a_bomb, record_bytes
 from anycard.containers.streams import begun, by_chance, inflated
 from anycard.containers.tar_directory import members
@@ -46,7 +47,9 @@ _MOST_PICKLES = 100_000
 _PLAIN = Context()
 
 
-def scan(path: str | os.PathLike[str], *, allow: Iterable[str] = (), limits: Limits = DEFAULT) -> ScanReport:
+def scan(
+    path: str | os.PathLike[str], *, allow: str | Iterable[str] | None = (), limits: Limits = DEFAULT
+) -> ScanReport:
     """Say what every pickle in a file, or in the files of a folder, would import and call.
 
     Args:
@@ -55,7 +58,7 @@ def scan(path: str | os.PathLike[str], *, allow: Iterable[str] = (), limits: Lim
     Raises:
         FileNotFoundError: There is no such file.
     """
-    scanner = _Scanner(os.fspath(path), frozenset([allow] if isinstance(allow, str) else allow), limits)
+    scanner = _Scanner(path_text(path), frozenset(allowed(allow)), limits)
     if os.path.isdir(scanner.report.path):  # noqa: PTH112
         _scan_folder(scanner)
     else:

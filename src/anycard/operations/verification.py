@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from anycard.arguments import refuse_odd
 from anycard.checkpoint import Checkpoint, open_checkpoint
 from anycard.disk.threads import in_threads
 from anycard.errors import FormatError
@@ -52,6 +53,7 @@ def verify(path: str | os.PathLike[str] | BinaryIO, *, member: str | None = None
         FormatError: The index cannot be read.
         ChoiceError: Several checkpoints are inside, and no `member` was given.
     """
+    refuse_odd(member=member, progress=progress)
     with open_checkpoint(path, member=member) as ckpt:
         return verify_checkpoint(ckpt, progress=progress)
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from anycard.arguments import shown
 from anycard.errors import ChoiceError, MismatchError
 from anycard.names.paths import moved
 from anycard.names.stored import StateDict
 from anycard.names.wrappers import OWN_NAMES, has_no_segments, removable, without_segments
 from anycard.tensors import TensorInfo
 
-Rename = Mapping[str, str] | Sequence[tuple[str, str]] | Callable[[str], str]
+Rename = Mapping[str, str] | Sequence[tuple[str | re.Pattern[str], str]] | Callable[[str], str]
 Only = str | Sequence[str] | Callable[[str], bool]
 
 
@@ -307,6 +308,18 @@ def renamed(name: str, rename: Rename) -> str:
     return name
 
 
+def refuse_odd_rules(rename: object, only: object) -> None:
+    """TypeError where `rename=` or `only=` is nothing that they know."""
+    globs = isinstance(only, str) or (isinstance(only, Collection) and all(isinstance(glob, str) for glob in only))
+    if only is not None and not callable(only) and not globs:
+        raise TypeError(f"only is a glob, a list of globs or a function of a name, not {shown(only)}")
+    pairs = isinstance(rename, Sequence) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in rename)
+    if rename is not None and not callable(rename) and not isinstance(rename, Mapping) and not pairs:
+        raise TypeError(
+            f"rename is a mapping, a list of (regex, replacement) or a function of a name, not {shown(rename)}"
+        )
+
+
 def selected(names: Iterable[str], only: Only) -> set[str]:
     """The names that `only=` asks for.
 
@@ -314,8 +327,6 @@ def selected(names: Iterable[str], only: Only) -> set[str]:
         ValueError: It asks for none of them.
     """
     held = list(names)
-    if not callable(only) and not isinstance(only, str) and not all(isinstance(glob, str) for glob in only):
-        raise TypeError(f"only is a glob, a list of globs or a function of a name, not {only!r:.80}")
     chosen = {name for name in held if asked_for(name, only)}
     if not chosen:
         raise ValueError(f"only={only!r} matches none of the model's {len(held)} names, such as {held[:3]}")

@@ -14,7 +14,6 @@ from torch import nn
 
 from anycard.errors import naming
 from anycard.limits import DEFAULT, Limits
-from anycard.progress import Progress, counting
 from anycard.tensors import TensorInfo, is_dense
 from anycard.torch.calling import Made, call_loaders, check_extras, run_post_hooks, set_extras
 from anycard.torch.dtypes import PLAIN, is_plain
@@ -33,11 +32,13 @@ class _Places:
         new: Fresh memory, to be put in the place of a tensor that cannot be written as it is.
         old: By `id` of such a tensor: the tensor and its fresh memory.
         inplace: Tensors that are written where they are.
+        mapped: Bytes of what lies over the file's own pages.
     """
 
     new: Fills = field(default_factory=Fills)
     old: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     inplace: Fills = field(default_factory=Fills)
+    mapped: int = 0
 
 
 def fill(
@@ -46,7 +47,7 @@ def fill(
     *,
     verify: bool | None,
     undo: Undo | None,
-    progress: Progress,
+    done: Callable[[int], None],
     limits: Limits = DEFAULT,
 ) -> None:
     """Fill the model as planned.
@@ -54,6 +55,7 @@ def fill(
     Args:
         verify: Check CRCs while the bytes are warm; None checks those of what goes into new memory.
         undo: Keeps the way back for an existing model; None for a model that is thrown away on failure.
+        done: Takes the bytes that were filled since the last call; `plan.nbytes` in all.
 
     Raises:
         FormatError: The file is damaged or ends early. An existing model is restored, or `.changed`
@@ -65,13 +67,15 @@ def fill(
     new = verify is not False
     old = undo is None if verify is None else verify
     made: Made = {key: (own, _like(own, fresh)) for key, (own, fresh) in places.old.items() if own.is_meta}
-    with counting(progress, work.plan.nbytes) as done, naming(work.plan.path):
+    with naming(work.plan.path):
         prepare(places.new, check=new).run(done, limits=limits)
         try:
             call_loaders(work, undo, options.strict, made, check=new)
+            done(sum(info.nbytes for loader in work.called for info in loader.given.values()))
             inplace = places.inplace.seen_anew() if work.called else places.inplace
             _read_in_place(inplace, done, old, undo, limits)
             _put(work.model, options, places, made, undo)
+            done(places.mapped)
             _set_counters(work, options, undo)
             set_extras(work, undo, options.strict)
             run_post_hooks(work.hooked)
@@ -87,6 +91,7 @@ def _allocate(work: Work, options: Options) -> _Places:
     if as_it_is and mappings is None and all(work.fills.plain):
         return _Places(inplace=work.fills)
     new: list[Fill] = []
+    nbytes = 0
     old: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     inplace: list[Fill] = []
     for given in work.fills:
@@ -96,6 +101,7 @@ def _allocate(work: Work, options: Options) -> _Places:
             continue
         if mappings is not None and (mapped := _mapped(mappings, own, info, options)) is not None:
             old[id(own)] = (own, mapped)
+            nbytes += info.nbytes
             continue
         if as_it_is and is_plain(own) and not own.is_meta:
             inplace.append(Fill(own, info, name))
@@ -108,7 +114,7 @@ def _allocate(work: Work, options: Options) -> _Places:
         fresh = torch.empty_like(own.detach(), dtype=dtype, device=device, memory_format=_format(own))
         new.append(Fill(fresh, info, name))
         old[id(own)] = (own, fresh)
-    return _Places(Fills.of(new), old, Fills.of(inplace))
+    return _Places(Fills.of(new), old, Fills.of(inplace), nbytes)
 
 
 def _mapped(mappings: Mappings, own: torch.Tensor, info: TensorInfo, options: Options) -> torch.Tensor | None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict, TypeVar, overload
 
 import torch
 from torch import nn
 
+from anycard.arguments import allowed, refuse_odd
 from anycard.checkpoint import Checkpoint, open_checkpoint
 from anycard.collection import uncollected
 from anycard.errors import ChoiceError, FormatError
 from anycard.plans.load_plan import LoadPlan
-from anycard.plans.matching import Only, Rename
-from anycard.progress import Progress
+from anycard.plans.matching import Only, Rename, refuse_odd_rules
+from anycard.progress import Progress, counting
 from anycard.torch.building import Built, build
 from anycard.torch.checking import check
 from anycard.torch.devices import find_device
@@ -24,9 +25,37 @@ from anycard.torch.planning import make_work
 from anycard.torch.undo import Undo
 from anycard.torch.work import Options, Work
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Path = str | os.PathLike[str] | BinaryIO
+M = TypeVar("M", bound=nn.Module)
 
 
+class _Given(TypedDict, total=False):
+    """What `load` takes beside the file and the model."""
+
+    device: Any
+    dtype: Any
+    strict: bool
+    key: str | None
+    member: str | None
+    rename: Rename | None
+    only: Only | None
+    allow: str | Sequence[str] | None
+    verify: bool | None
+    mmap: bool
+    progress: Progress
+
+
+@overload
+def load(path: Path, model: None = None, **given: Unpack[_Given]) -> nn.Module: ...
+@overload
+def load(path: Path, model: M, **given: Unpack[_Given]) -> M: ...
+@overload
+def load(path: Path, model: Mapping[str, Any], **given: Unpack[_Given]) -> dict[str, Any]: ...
+@overload
+def load(path: Path, model: Callable[..., M], **given: Unpack[_Given]) -> M: ...
 def load(
     path: Path,
     model: Any = None,
@@ -38,7 +67,7 @@ def load(
     member: str | None = None,
     rename: Rename | None = None,
     only: Only | None = None,
-    allow: str | Sequence[str] = (),
+    allow: str | Sequence[str] | None = (),
     verify: bool | None = None,
     mmap: bool = False,
     progress: Progress = None,
@@ -73,9 +102,10 @@ def load(
         DeviceError: The device is not there.
         ChoiceError: Several state dicts could be meant.
     """
+    refuse_odd(key=key, member=member, progress=progress)
     options = _options(device, dtype, strict, key, rename, only, mmap)
     with uncollected():  # what a load makes beside the model is gone before the collector looks again
-        return _load(path, member, model, options, allow, verify, progress)
+        return _load(path, member, model, options, allowed(allow), verify, progress)
 
 
 def _load(
@@ -83,7 +113,7 @@ def _load(
     member: str | None,
     model: Any,
     options: Options,
-    allow: str | Sequence[str],
+    allow: tuple[str, ...],
     verify: bool | None,
     progress: Progress,
 ) -> Any:
@@ -100,8 +130,8 @@ def _load(
         check(work, options)
         if built is not None:
             built.finish(_filled(work))
-        with nullcontext() if built is not None else Undo() as undo:
-            fill(work, options, verify=verify, undo=undo, progress=progress)
+        with nullcontext() if built is not None else Undo() as undo, counting(progress, work.plan.nbytes) as done:
+            fill(work, options, verify=verify, undo=undo, done=done)
         return work.model
 
 
@@ -128,6 +158,7 @@ def plan(
     """
     if isinstance(model, Mapping):
         raise TypeError("plan takes one model: of a dict of objects plan each by itself, with its name there as key=")
+    refuse_odd(key=key, member=member)
     options = _options(device, dtype, strict, key, rename, only)
     with uncollected(), open_checkpoint(path, member=member) as ckpt:
         return _planned(ckpt, model, options)[0].plan
@@ -152,6 +183,7 @@ def _options(
     device: Any, dtype: Any, strict: bool, key: str | None, rename: Rename | None, only: Only | None,
     mmap: bool = False,
 ) -> Options:  # fmt: skip
+    refuse_odd_rules(rename, only)
     where = None if device is None else find_device(device)
     return Options(where, _dtype(dtype), strict, key, rename, only, mmap)
 
@@ -174,7 +206,7 @@ def _verify(ckpt: Checkpoint) -> None:
         raise FormatError(f"{len(damaged)} damaged: {names}. Nothing was changed.", path=ckpt.path, name=damaged[0])
 
 
-def _whole(ckpt: Checkpoint, allow: str | Sequence[str], options: Options, progress: Progress) -> Any:
+def _whole(ckpt: Checkpoint, allow: tuple[str, ...], options: Options, progress: Progress) -> Any:
     found = [c for c in ckpt.state_dicts if c.canonical is not None]
     if not found:
         raise ChoiceError(

@@ -11,7 +11,7 @@ from torch import nn
 
 from anycard.checkpoint import Checkpoint
 from anycard.errors import CheckpointError, ChoiceError, MismatchError
-from anycard.progress import Progress
+from anycard.progress import Progress, counting
 from anycard.torch.checking import check
 from anycard.torch.filling import fill
 from anycard.torch.planning import make_work
@@ -43,10 +43,11 @@ def load_objects(
         if not callable(getattr(target, "load_state_dict", None)):
             raise TypeError(f"{name} is a {type(target).__name__}, which has no load_state_dict")
     data = {str(name): materialise(value) for name, value in tree.items() if not _is_module(objects.get(name))}
-    with Undo() as undo:
+    total = sum(work.plan.nbytes for work, _ in works.values())
+    with Undo() as undo, counting(progress, total) as done:
         try:
             for undo.within, (work, mine) in works.items():
-                fill(work, mine, verify=verify, undo=undo, progress=progress)
+                fill(work, mine, verify=verify, undo=undo, done=done)
             _load_others(others, data, undo)
         except BaseException as error:
             undo.restore(error)

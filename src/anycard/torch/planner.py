@@ -104,7 +104,6 @@ class Planner:
                 self.plan.refused = (*self.plan.refused, target.name)
                 return
         self.fills.append(_fill(target, info))
-        self.plan.nbytes += info.nbytes
 
     def _absent(self, name: str, target: Target) -> None:
         version = self.metadata.get(name.rpartition(".")[0], {}).get("version")
@@ -274,6 +273,7 @@ class Planner:
                     self.plan.conflicts = (*self.plan.conflicts, (first.name, other.name))
         self.missing = [n for n in self.missing if n not in self.wanted or id(self.wanted[n].tensor) not in groups]
         self.work.fills = Fills.of([group[0] for group in groups.values()])
+        self.plan.nbytes += sum(info.nbytes for info in self.work.fills.infos)
 
     def _leftovers(self) -> None:
         hidden = self.seen.hidden

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from anycard.arguments import refuse_odd
 from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from anycard.collection import uncollected
 from anycard.disk.source import Source
@@ -291,6 +292,7 @@ def read(
         FormatError: Damaged, or no checkpoint.
         ChoiceError: The file holds several state dicts (listed) and no `key` was given.
     """
+    refuse_odd(key=key, member=member, progress=progress)
     with uncollected(), open_checkpoint(path, member=member) as ckpt:
         tensors = ckpt.weights(key, canonical=canonical)
         if canonical:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -38,7 +38,7 @@ _RENAMED = {
 
 
 def rebuild_model(
-    ckpt: Checkpoint, allow: str | Sequence[str], key: str | None = None, progress: Progress = None
+    ckpt: Checkpoint, allow: tuple[str, ...], key: str | None = None, progress: Progress = None
 ) -> nn.Module:
     """The whole model in a checkpoint, out of its wrappers.
 
@@ -49,13 +49,9 @@ def rebuild_model(
     if ckpt.format in ("TorchScript", "torch export"):
         reason = f"{ckpt.path} is a {ckpt.format} archive, whose code is not run: give a model to load into, or read it"
         raise ChoiceError(f"{reason} by anycard.read", path=ckpt.path)
-    names: tuple[Any, ...] = (allow,) if isinstance(allow, str) else tuple(allow)
-    for odd in (name for name in names if not isinstance(name, str)):
-        meant = f"{odd.__module__}.{odd.__qualname__}" if isinstance(odd, type) else "package.module.Class"
-        raise TypeError(f"allow takes names such as {meant!r}, not {odd!r:.80}")
     found = pick([c for c in ckpt.state_dicts if c.canonical is not None], key, ckpt.path)
     root = _at(ckpt.tree, found.key)
-    builder = _Builder(names, ckpt.path)
+    builder = _Builder(allow, ckpt.path)
     builder.look(root)
     builder.refuse()
     with counting(progress, builder.nbytes) as builder.done:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from anycard.arguments import path_text, refuse_odd, shown
 from anycard.collection import uncollected
 from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Piece, counted
@@ -52,9 +53,11 @@ def save(obj: Any, path: Path, *, whole: bool = False, progress: Progress = None
         TypeError: The object cannot be saved so.
         CheckpointError: Something in it cannot be written; names it.
     """
+    refuse_odd(progress=progress)
     if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "write"):
-        raise TypeError(f"save takes a path or an open binary file, not {path!r:.80}")
-    kind = "torch zip" if not isinstance(path, (str, os.PathLike)) else format_for(os.fspath(path))
+        swapped = "; the object comes first: save(model, path)" if isinstance(obj, (str, os.PathLike)) else ""
+        raise TypeError(f"save takes a path or an open binary file, not {shown(path)}{swapped}")
+    kind = "torch zip" if not isinstance(path, (str, os.PathLike)) else format_for(path_text(path))
     if whole and not isinstance(obj, nn.Module):
         raise TypeError(f"whole=True saves an nn.Module, not a {type(obj).__name__}")
     if whole and kind != "torch zip":
