@@ -90,11 +90,12 @@ def _wrapped(obj: Inert, depth: int) -> Inert | None:
 def class_name(obj: Inert) -> str:
     """The name of an object's class.
 
-    Also of one that cloudpickle makes (`_make_skeleton_class(type, name, …)`), and of one whose name is an
-    argument of the call that makes it, where the call is told so at all.
+    Also of one that cloudpickle makes (`_make_skeleton_class(type, name, …)`), of one within a class
+    (`getattr(outer, name)`), and of one whose name is an argument of the call that makes it, where the call is
+    told so at all.
     """
     maker = obj.callee
-    if not type(obj).name and isinstance(maker, Inert) and type(maker).name == "_make_skeleton_class":
+    if not type(obj).name and isinstance(maker, Inert) and type(maker).name in ("_make_skeleton_class", "getattr"):
         return maker.args[1] if len(maker.args) > 1 and isinstance(maker.args[1], str) else ""
     if obj.called and obj.state is None:
         told = (held.get(key) for held in _given(obj) for key in _CLASS_NAMES)

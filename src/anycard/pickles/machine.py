@@ -311,7 +311,9 @@ class Machine:
             raise FormatError("a new object's arguments are no tuple and no dict")
         self.budget.spend(len(args) + len(kwargs))
         if isinstance(cls, Inert):  # a class that a call made
-            return cls(*args, **kwargs)
+            made = cls(*args, **kwargs)
+            made.called = False
+            return made
         if not isinstance(cls, type) or not issubclass(cls, Inert):
             raise FormatError(f"a new object of a {type(cls).__name__}, which is no class")
         return cls.__new__(cls, *args, **kwargs)

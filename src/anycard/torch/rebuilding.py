@@ -1,12 +1,10 @@
-"""Rebuild a whole model from inert data, importing nothing but torch's own modules and what is allowed.
+"""Rebuild a whole model from inert data: objects are made by `__new__` and state; `__init__` never runs.
 
-Objects are made by `__new__` and state; `__init__` never runs. Nothing is called but what `allow=` names
-in full.
+Nothing is called but what `allow=` names in full.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -19,22 +17,20 @@ from torch import nn
 from anycard.checkpoint import Checkpoint
 from anycard.errors import CheckpointError, ChoiceError, FormatError, UntrustedError
 from anycard.names.choosing import pick
-from anycard.names.pickled_modules import inert_wrapper, is_module, module_state, wrapped_module
+from anycard.names.pickled_modules import inert_wrapper, module_state, wrapped_module
+from anycard.pickles.arrays import ArrayStub
 from anycard.pickles.stubs import Counted, Defaulting, Inert, Size
+from anycard.pickles.views import StoredStorage
 from anycard.progress import Progress, counting
 from anycard.tensors import TensorInfo, form_of
 from anycard.torch.completing import Lack, complete, prepare
 from anycard.torch.dtypes import TO_TORCH
 from anycard.torch.reading import read_tensor
+from anycard.torch.trusting import NotAllowedError, NotThereError, Trust, is_getattr, named_by
 from anycard.warning import warn
 
-_FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str, bool)}
+_NO_GETATTR = "attributes are looked up in classes and objects of the file only; getattr is never called"
 _BACKEND = ("torch.nn.backends.thnn", "_get_thnn_function_backend")  # below 1.4 every module kept it
-_DATA = {("torch", "device"), ("torch", "Size"), _BACKEND}
-# Classes of torch's own that have another name today.
-_RENAMED = {
-    ("torch.nn.modules.linear", "_LinearWithBias"): "NonDynamicallyQuantizableLinear",
-}
 
 
 def rebuild_model(
@@ -55,7 +51,11 @@ def rebuild_model(
     builder.look(root)
     builder.refuse()
     with counting(progress, builder.nbytes) as builder.done:
-        model = builder.make(root)
+        try:
+            model = builder.make(root)
+        except RecursionError:
+            reason = "objects that hold each other deeper than Python can follow: load it into a model that you build"
+            raise CheckpointError(f"{ckpt.path} has {reason}", path=ckpt.path) from None
     if not isinstance(model, nn.Module):
         raise ChoiceError(f"{ckpt.path}: {type(model).__name__} is no nn.Module", path=ckpt.path)
     _tell(builder.lacks, ckpt.path)
@@ -91,46 +91,48 @@ def _at(tree: Any, key: str) -> Any:
 
 def _inner(obj: Any) -> Any:
     """The module behind wrappers."""
-    while isinstance(obj, Inert) and not _is_method(obj):
-        inside = wrapped_module(obj)
-        row, state = inert_wrapper(obj), module_state(obj)
-        if inside is not None:
-            obj = inside
-        elif row is not None and state is not None and row.child in state["_modules"]:
-            obj = state["_modules"][row.child]
-        else:
+    while isinstance(obj, Inert) and not is_getattr(obj) and (row := inert_wrapper(obj)) is not None:
+        state = module_state(obj)
+        inside = wrapped_module(obj) if state is None else state["_modules"].get(row.child)
+        if inside is None:
             break
+        obj = inside
     return obj
-
-
-def _is_method(obj: Any) -> bool:
-    """A method that a model keeps: (getattr, (module, name)), which is never called."""
-    called = isinstance(obj, Inert) and (type(obj).module, type(obj).name) == ("builtins", "getattr")
-    return called and len(obj.args) == 2 and is_module(obj.args[0]) and isinstance(obj.args[1], str)
 
 
 class _Builder:
     def __init__(self, allow: tuple[str, ...], path: str) -> None:
-        self.allow = allow
+        self.trust = Trust(allow)
         self.path = path
-        self.missing: dict[str, None] = {}
+        self.missing: dict[str, str] = {}
+        self.faults: dict[str, str] = {}
         self.made: dict[int, Any] = {}
         self.keep: list[Any] = []
-        self.uses: dict[int, set[object]] = {}
+        self.uses: dict[int, set[int]] = {}
         self.memory: dict[int, torch.UntypedStorage] = {}
         self.lacks: list[Lack] = []
         self.nbytes = 0
         self.done: Callable[[int], None] = lambda nbytes: None
 
     def refuse(self) -> None:
-        """UntrustedError where anything is needed that was not allowed."""
+        """UntrustedError where anything has to be allowed, CheckpointError where that alone does not help."""
+        faults = "".join(f"\n  {name}: {reason}" for name, reason in self.faults.items())
+        weights = "The weights alone need none of it: anycard.load(path, model) or anycard.read(path)."
         if self.missing:
-            names = list(self.missing)
+            names = [*self.trust.allow, *(name for name in self.missing if name not in self.trust.allow)]
+            also = f" What cannot be had even then:{faults}" if faults else ""
             raise UntrustedError(
-                f"rebuilding the model needs {', '.join(names)}. If you trust them: allow={names!r}. "
-                "The weights alone need nobody's trust: anycard.load(path, model) or anycard.read(path).",
+                f"rebuilding the model needs {', '.join(self.missing.values())}. If you trust them: allow={names!r}. "
+                f"{weights}{also}",
                 needed=tuple(names),
                 path=self.path,
+            )
+        if faults:
+            raise CheckpointError(
+                f"{self.path}: the model cannot be rebuilt here: what it needs is allowed, but not to be had. Is it "
+                f"installed, and its folder on sys.path? {weights}{faults}",
+                path=self.path,
+                name=next(iter(self.faults)),
             )
 
     def look(self, root: Any) -> None:
@@ -141,59 +143,42 @@ class _Builder:
             if id(obj) in seen:
                 continue
             seen.add(id(obj))
-            if isinstance(obj, type) and issubclass(obj, Inert):
-                self._need(obj, call=False)
-            elif isinstance(obj, Inert) and _is_method(obj):
-                stack.append(obj.args[0])
+            if (named := named_by(obj)) is not None:
+                self._need(named, call=False)
+            elif isinstance(obj, StoredStorage) and obj.storage is not None:
+                self.uses.setdefault(id(obj.storage), set()).update((id(obj), 0))  # never read for itself alone
+                self.nbytes += obj.storage.nbytes
             elif isinstance(obj, Inert):
-                if isinstance(obj.callee, type):
-                    self._need(type(obj), call=obj.called)
-                else:
-                    self.missing["a call of " + obj.callee.path] = None
-                stack += [*obj.args, *obj.kwargs.values(), obj.state, *obj.items]
-                stack += [part for pair in obj.pairs for part in pair]
+                stack += self._parts(obj)
             elif isinstance(obj, TensorInfo):
-                self.uses.setdefault(id(obj.storage), set()).add(obj.place)
+                self.uses.setdefault(id(obj.storage), set()).add(id(obj))
                 self.nbytes += obj.nbytes
-            elif isinstance(obj, Defaulting):
-                known = isinstance(obj.factory, type) and obj.factory.__name__ in _FACTORIES
-                stack += [*obj.keys(), *obj.values(), *([] if known else [obj.factory])]
             elif isinstance(obj, Mapping):
-                stack += [*obj.keys(), *obj.values()]
+                stack += [*obj.keys(), *obj.values(), *_beside(obj)]
             elif isinstance(obj, (list, tuple, set, frozenset)):
                 stack += obj
 
-    def _need(self, kind: type[Inert], *, call: bool) -> None:
-        if (kind.module, kind.name) in _DATA or _is_dtype(kind):
-            return
-        if not self._allowed(kind.module, kind.name, call) or self._resolve(kind, call) is None:
-            self.missing[f"{kind.module}.{kind.name}"] = None
+    def _parts(self, obj: Inert) -> list[Any]:
+        """Note the class of an object; gives what the object holds."""
+        if is_getattr(obj):
+            if not isinstance(obj.args[0], Inert):
+                self.faults[f"a {type(obj.args[0]).__name__}'s {obj.args[1]}"] = _NO_GETATTR
+            return [obj.args[0]]
+        named = named_by(obj.callee)
+        if named is None:
+            self.faults[f"what {obj.callee.path} gives"] = "it is called, but only what has a name can be allowed"
+        elif named != _BACKEND:
+            self._need(named, call=obj.called)
+        return [*obj.args, *obj.kwargs.values(), obj.state, *obj.items, *(part for pair in obj.pairs for part in pair)]
 
-    def _allowed(self, module: str, name: str, call: bool) -> bool:
-        full = f"{module}.{name}"
-        if full in self.allow:
-            return True
-        if call:
-            return False
-        within = any(a == module or (a.endswith(".*") and f"{module}.".startswith(a[:-1])) for a in self.allow)
-        return within or module == "torch.nn" or module.startswith("torch.nn.")
-
-    def _resolve(self, kind: type[Inert], call: bool) -> Any:
-        """The real class or function: defined in the module that is named, and no dotted attribute."""
-        if "." in kind.name:
-            return None
-        name = _RENAMED.get((kind.module, kind.name), kind.name)
+    def _need(self, named: tuple[str, str], *, call: bool) -> None:
         try:
-            value = getattr(importlib.import_module(kind.module), name)
-        except (ImportError, AttributeError):
-            return None
-        if getattr(value, "__module__", None) != kind.module:
-            return None
-        trusted = any(f"{kind.module}.{kind.name}" == a for a in self.allow)
-        if inspect.isclass(value):
-            by_torch = kind.module.startswith("torch.nn") and not trusted
-            return value if not by_torch or issubclass(value, nn.Module) else None
-        return value if (inspect.isfunction(value) and not call) or trusted else None
+            self.trust.find(*named, call=call)
+        except NotAllowedError as error:
+            name, given = error.name, ".".join(named)
+            self.missing[name] = name if name == given else f"{name} (which {given} is today)"
+        except NotThereError as error:
+            self.faults[".".join(named)] = str(error)
 
     def make(self, obj: Any) -> Any:
         """The real object for inert data; shared objects stay shared."""
@@ -210,44 +195,48 @@ class _Builder:
             made = self._done(obj, self._tensor(obj))
             self.done(obj.nbytes)
             return made
-        if isinstance(obj, type) and issubclass(obj, Inert):
-            return TO_TORCH[obj.name] if _is_dtype(obj) else self._resolve(obj, call=False)
+        if (named := named_by(obj)) is not None:
+            return self._done(obj, self.trust.find(*named, call=False))
+        if isinstance(obj, StoredStorage) and obj.storage is not None:
+            made = self._done(obj, self._storage(obj))
+            self.done(obj.storage.nbytes)
+            return made
         if isinstance(obj, Inert):
             return self._object(obj)
         if isinstance(obj, Size):
             return self._done(obj, torch.Size(obj))
         if isinstance(obj, (tuple, set, frozenset)):
-            return self._done(obj, type(obj)(self.make(v) for v in obj))
+            held = type(obj)(self.make(v) for v in obj)
+            return self.made.get(id(obj)) or self._done(obj, held)  # one of its own elements may have made it
         if isinstance(obj, list):
             items = self._done(obj, [])
             items.extend(self.make(v) for v in obj)
             return items
         if isinstance(obj, Mapping):
-            held = self._done(obj, self._mapping(obj))
-            for key, value in obj.items():
-                held[self.make(key)] = self.make(value)
-            return held
+            return self._mapping(obj)
         return obj
 
     def _mapping(self, obj: Mapping[Any, Any]) -> dict[Any, Any]:
-        """An empty mapping of the kind that was pickled."""
+        """A mapping of the kind that was pickled."""
+        held: dict[Any, Any] = {}
         if isinstance(obj, Defaulting):
-            return defaultdict(self._factory(obj.factory))
-        if isinstance(obj, Counted):
-            return Counter()
-        return OrderedDict() if isinstance(obj, OrderedDict) else {}
-
-    def _factory(self, stub: Any) -> Any:
-        """A default factory: one of Python's own containers and numbers, or what was allowed."""
-        if isinstance(stub, type) and issubclass(stub, Inert) and stub.module == "builtins":
-            return _FACTORIES.get(stub.name)
-        return None if stub is None else self.make(stub)
+            held = defaultdict(self.make(obj.factory))
+        elif isinstance(obj, (Counted, OrderedDict)):
+            held = Counter() if isinstance(obj, Counted) else OrderedDict()
+        self._done(obj, held)
+        for key, value in obj.items():
+            held[self.make(key)] = self.make(value)
+        if type(obj) is OrderedDict and vars(obj):
+            vars(held).update(self.make(vars(obj)))
+        return held
 
     def _done(self, obj: Any, made: Any) -> Any:
         self.made[id(obj)] = made
         return made
 
-    def _tensor(self, info: TensorInfo) -> torch.Tensor:
+    def _tensor(self, info: TensorInfo) -> Any:
+        if info.is_array and not info.parameter:
+            return read_tensor(info).numpy()
         tensor = self._view(info)
         if info.parameter:
             return nn.Parameter(tensor, requires_grad=info.requires_grad)
@@ -264,34 +253,52 @@ class _Builder:
         offset = info.start // tensor.element_size()
         return tensor.set_(self.memory[id(info.storage)], offset, info.shape, info.stride)
 
+    def _storage(self, stub: StoredStorage) -> Any:
+        """A storage by itself, in one memory with the tensors that are views of it."""
+        whole, dtype = self._view(stub.args[0]), type(stub).dtype
+        memory = whole.clone().untyped_storage() if stub.start else whole.untyped_storage()
+        if dtype is None:
+            return memory
+        return torch.storage.TypedStorage(wrap_storage=memory, dtype=getattr(torch, dtype), _internal=True)  # type: ignore[no-untyped-call]
+
     def _object(self, obj: Inert) -> Any:
-        kind = type(obj)
-        if (kind.module, kind.name) == ("torch", "device"):
-            return self._done(obj, torch.device(*obj.args))
-        if (kind.module, kind.name) == _BACKEND:
-            return None
-        if _is_method(obj):
+        """In the order of pickle's own: made, then its items, then its state."""
+        if is_getattr(obj):
             return self._done(obj, self._method(*obj.args))
-        real = self._resolve(kind, obj.called)
+        module, name = named_by(obj.callee) or ("", "")
+        if (module, name) == _BACKEND:
+            return None
+        real = self.trust.find(module, name, call=obj.called)
         args = [self.make(a) for a in obj.args]
-        made = real(*args) if obj.called else real.__new__(real, *args)
+        make = real.__new__ if isinstance(obj, ArrayStub) or not obj.called else real
+        if not obj.called:  # an array's arguments begin with its class
+            args.insert(0, real)
+        kwargs = {key: self.make(value) for key, value in obj.kwargs.items()}
+        running = _Running(f"{module}.{name}", self.path)
+        with running:
+            made = make(*args, **kwargs)
         self._done(obj, made)
-        if obj.state is not None:
-            self._restore(made, self.make(obj.state))
-        if obj.items:
-            made.extend(self.make(i) for i in obj.items)
-        for key, value in obj.pairs:
-            made[self.make(key)] = self.make(value)
-        if isinstance(made, nn.Module):
-            self.lacks += complete(made)
+        items, pairs = [self.make(i) for i in obj.items], [(self.make(k), self.make(v)) for k, v in obj.pairs]
+        with running:
+            if items:
+                made.extend(items)
+            for key, value in pairs:
+                made[key] = value
+        state = self.make(obj.state)
+        with running:
+            if obj.state is not None:
+                self._restore(made, state)
+            if isinstance(made, nn.Module):
+                self.lacks += complete(made)
         return made
 
     def _method(self, owner: Inert, name: str) -> Any:
-        """A method of a rebuilt module: a function of its class, bound; it runs no code of the class to find it."""
+        """A method of a rebuilt object: a function of its class, bound; it runs no code of the class to find it."""
         made = self.make(owner)
         function = inspect.getattr_static(type(made), name, None)
         if not inspect.isfunction(function):
-            raise FormatError(f"the model keeps {name!r} of a {type(made).__name__}, which is no method of it")
+            what = f"the model keeps {name!r} of a {type(made).__name__}, which is no method that its class defines"
+            raise CheckpointError(what, path=self.path, name=name)
         return MethodType(function, made)
 
     def _restore(self, made: Any, state: Any) -> None:
@@ -302,10 +309,30 @@ class _Builder:
         slots: dict[str, Any] = {}
         if isinstance(state, tuple) and len(state) == 2:
             state, slots = state
-        made.__dict__.update(state or {})
+        if state:
+            made.__dict__.update(state)
         for name, value in (slots or {}).items():
             setattr(made, name, value)
 
 
-def _is_dtype(kind: type[Inert]) -> bool:
-    return kind.module == "torch" and kind.name in TO_TORCH
+class _Running:
+    """What the code of an allowed class raises is a CheckpointError that names it."""
+
+    def __init__(self, name: str, path: str) -> None:
+        self.name = name
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, (CheckpointError, MemoryError, RecursionError)):
+            what = f"{self.path}: {self.name} cannot be rebuilt: {type(error).__name__}: {error}"
+            raise CheckpointError(what, path=self.path, name=self.name) from error
+
+
+def _beside(obj: Mapping[Any, Any]) -> list[Any]:
+    """What is not in a mapping, but on it: a default factory, a state dict's `_metadata`."""
+    if isinstance(obj, Defaulting):
+        return [obj.factory]
+    return [vars(obj)] if type(obj) is OrderedDict and vars(obj) else []
