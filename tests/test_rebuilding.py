@@ -334,6 +334,20 @@ class Around(nn.Module):
         return Around, (self.inside,)
 
 
+class Forgetful(nn.Module):
+    """Leaves out what its `__init__` asks for."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def __getstate__(self) -> Any:
+        return {name: value for name, value in vars(self).items() if name != "config"}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.config
+
+
 def test_objects_with_slots_only() -> None:
     """One that has no `__dict__` at all."""
     held = Slotted()
@@ -363,6 +377,13 @@ def test_a_call_that_takes_a_module_is_no_wrapper() -> None:
     made = rebuilt(model, f"{HERE}.Around")
     assert made[0].sign == -1
     assert_same(everything(made), everything(model))
+
+
+def test_a_class_that_chooses_its_state() -> None:
+    """What it left out is said, and refused no more than plain PyTorch refuses it."""
+    with pytest.warns(UserWarning, match=r"lacks Forgetful\.config"):
+        made = rebuilt(Forgetful(3))
+    assert not hasattr(made, "config") and not hasattr(plainly(Forgetful(3)), "config")
 
 
 @pytest.mark.parametrize(
@@ -399,6 +420,8 @@ def test_storages() -> None:
     assert type(made[0]) is torch.storage.TypedStorage and made[0].tolist() == [0, 1, 2, 3]
     made[0][2] = 7
     assert made[1].tolist() == [7, 3]
+    with pytest.raises(anycard.CheckpointError, match="held"):
+        anycard.save(Holder(tensor.untyped_storage()), io.BytesIO(), whole=True)
 
 
 def test_a_model_that_nests_too_deep() -> None:

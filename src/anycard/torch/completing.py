@@ -54,10 +54,17 @@ def complete(module: nn.Module) -> list[Lack]:
         if _has(module, name):
             continue
         if value is _OPAQUE or value is _REQUIRED:
-            lacks.append(Lack(f"{type(module).__name__}.{name}", value is _REQUIRED))
+            required = value is _REQUIRED and not _chooses_its_state(own)
+            lacks.append(Lack(f"{own.__name__}.{name}", required))
         else:
             setattr(module, name, copy.copy(value))
     return lacks
+
+
+def _chooses_its_state(kind: type) -> bool:
+    """The class itself says what is pickled of it, and may have left out what its `__init__` asks for."""
+    own = [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.")]
+    return any(name in vars(base) for base in own for name in ("__getstate__", "__reduce__", "__reduce_ex__"))
 
 
 def _has(module: nn.Module, name: str) -> bool:

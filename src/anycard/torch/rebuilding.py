@@ -298,7 +298,7 @@ class _Builder:
         function = inspect.getattr_static(type(made), name, None)
         if not inspect.isfunction(function):
             what = f"the model keeps {name!r} of a {type(made).__name__}, which is no method that its class defines"
-            raise CheckpointError(what, path=self.path, name=name)
+            raise FormatError(what, path=self.path, name=name)
         return MethodType(function, made)
 
     def _restore(self, made: Any, state: Any) -> None:

@@ -41,6 +41,8 @@ class _ModelPickler(TorchPickler):
             _refuse_more(obj, "")
         elif isinstance(obj, torch.device) and obj.type != "cpu":
             self.devices.append(str(obj))
+        elif isinstance(obj, torch.UntypedStorage):
+            raise CheckpointError("an UntypedStorage, which torch cannot load again: keep a tensor of it")
         super().save(self.stands_for(obj), save_persistent_id)
 
     def stands_for(self, obj: Any) -> Any:
