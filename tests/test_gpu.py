@@ -81,6 +81,17 @@ def test_an_existing_model_keeps_its_place(tmp_path):
     assert devices(anycard.load(tmp_path / "a.pth", Net)) == {"cpu"}
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", 0])
+def test_a_model_that_is_there_already_keeps_its_memory(tmp_path, device):
+    """However the card is spelt: no second memory, and the values come in place."""
+    anycard.save(filled(Net()), tmp_path / "a.pth")
+    model = filled(Net(), 5).cuda()
+    places = [tensor.data_ptr() for tensor in model.state_dict().values()]
+    anycard.load(tmp_path / "a.pth", model, device=device)
+    assert [tensor.data_ptr() for tensor in model.state_dict().values()] == places
+    assert_same(on_cpu(model), weights(filled(Net())))
+
+
 def test_a_meta_model_onto_a_card(tmp_path):
     """A model without memory becomes real on the card, the counters that an old file lacks, too."""
     source = filled(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))

@@ -119,6 +119,17 @@ def test_a_model_built_in_inference_mode(tmp_path):
     assert_same(weights(fresh), weights(source))
 
 
+def test_a_model_that_is_there_already_keeps_its_memory(tmp_path):
+    """device= by another spelling of where the model stands is no reason for new memory."""
+    anycard.save(filled(Small()), tmp_path / "a.pth")
+    for device in ("cpu", "cpu:0", torch.device("cpu", 0)):
+        model = filled(Small(), 5)
+        places = [tensor.data_ptr() for tensor in model.state_dict().values()]
+        anycard.load(tmp_path / "a.pth", model, device=device)
+        assert [tensor.data_ptr() for tensor in model.state_dict().values()] == places
+        assert_same(weights(model), weights(filled(Small())))
+
+
 def test_a_load_makes_an_old_backward_pass_fail_loudly(tmp_path):
     """Gradients through values that a load has replaced are an error of autograd, not wrong numbers."""
     anycard.save(filled(Small()), tmp_path / "a.pth")

@@ -46,7 +46,7 @@ def _check_data_parallel(model: nn.Module, options: Options) -> None:
     for module in model.modules():
         if isinstance(module, nn.DataParallel) and module.device_ids:
             first = torch.device("cuda", module.device_ids[0])
-            if wanted.type != "cuda" or (wanted.index or 0) != first.index:
+            if wanted != first:
                 raise DeviceError(f"DataParallel keeps its model on {first}, device={str(wanted)!r} was asked for")
 
 

@@ -11,7 +11,7 @@ from anycard.errors import DeviceError
 
 
 def find_device(device: Any) -> torch.device:
-    """The device asked for, checked to be there.
+    """The device asked for as its tensors name it ("cuda" is "cuda:0" to them), checked to be there.
 
     Raises:
         DeviceError: This machine lacks it; says what is there, and CUDA_VISIBLE_DEVICES where it is set.
@@ -20,13 +20,10 @@ def find_device(device: Any) -> torch.device:
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise DeviceError(f"device={device!r} is not a device: {str(error).splitlines()[0]}") from None
-    if wanted.type in ("cpu", "meta"):
-        return wanted
     try:
-        torch.empty(0, device=wanted)
+        return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError, ImportError, NotImplementedError):
         raise DeviceError(f"device={str(wanted)!r} is not there. This machine has: {_present()}.{_visible()}") from None
-    return wanted
 
 
 def _present() -> str:
