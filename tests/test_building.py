@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -198,6 +199,63 @@ def test_a_model_that_another_thread_builds_meanwhile_is_initialised(tmp_path):
     assert 0 < other[0].weight.abs().max() <= 8**-0.5 + 1e-6
     assert_same_bits(other[1].weight.detach(), torch.ones(8))
     assert other[2].weight.std() > 0.3
+
+
+@pytest.mark.parametrize("only", ["1.*", None])
+def test_what_another_thread_writes_into_the_model_stays(tmp_path, only):
+    """A thread that the factory starts loads a layer whose own values were put off: the draw does not come after it."""
+    source = filled(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    torch.save({f"1.{k}": v for k, v in source[1].state_dict().items()}, tmp_path / "a.pth")
+
+    def factory() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        thread = threading.Thread(target=model[0].load_state_dict, args=(source[0].state_dict(),))
+        thread.start()
+        thread.join()
+        if only is None:
+            init.normal_(model[0].bias)  # a later draw of the factory's own counts
+        return model
+
+    with quiet(), draws_nothing() if only else contextlib.nullcontext():
+        loaded = anycard.load(tmp_path / "a.pth", factory, only=only, strict=False)
+    got, want = weights(loaded), weights(source)
+    if only is None:
+        assert bits(got["0.bias"]) != bits(want["0.bias"])
+        got["0.bias"] = want["0.bias"]
+    assert_same(got, want)
+
+
+def test_a_factory_in_inference_mode_is_initialised(tmp_path):
+    """What the file lacks is drawn for a model of inference tensors as for any other."""
+
+    def build() -> nn.Module:
+        with torch.inference_mode():
+            return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+    source = filled(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    anycard.save(source, tmp_path / "a.pth")
+    torch.manual_seed(0)
+    want = weights(build()[0])
+    torch.manual_seed(0)
+    loaded = anycard.load(tmp_path / "a.pth", build, only="1")
+    assert loaded[0].weight.is_inference()
+    assert_same(weights(loaded[0]), want)
+    assert_same(weights(loaded[1]), weights(source[1]))
+
+
+def test_layers_that_the_factory_threw_away_draw_nothing(tmp_path):
+    """A head that the factory put another in the place of is not initialised after all."""
+
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 10))
+        model[1] = nn.Linear(4, 2)
+        return model
+
+    source = filled(build())
+    anycard.save(source, tmp_path / "a.pth")
+    with draws_nothing():
+        loaded = anycard.load(tmp_path / "a.pth", build)
+    assert_same(weights(loaded), weights(source))
 
 
 def test_initialisation_works_again_after_a_load(tmp_path):

@@ -6,7 +6,8 @@ not known to be harmless is given such a storage, what was put off is done; so w
 comes out right. After the load, `finish` does it for whatever the file did not fill.
 
 Where `__init__` seeds the default generator itself, its draws are done at once, from what it has set.
-Scripted functions and other compiled code are not seen. So constants are never put off by themselves.
+Scripted functions and other compiled code are not seen, nor are other threads that `__init__` starts. So constants
+are never put off by themselves, and a draw is passed by where such code has written since.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # torch.vmap allows no draws
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +32,21 @@ from anycard.torch.overrides import ARITHMETIC, DRAWS, METADATA, VIEWS, gives_vi
 from anycard.torch.seeding import CallersDraws
 
 _LOOK, _VIEW, _DRAW, _CHANGE, _OTHER = range(5)  # what a function does to a tensor, see `overrides`
+
+
+@dataclass
+class _Step:
+    """A change that is put off.
+
+    Attributes:
+        target: What is to be changed; shares the counter of its versions.
+        version: Which one it was; 0 where there is none, in inference mode.
+        call: Function, arguments behind the target, keyword arguments.
+    """
+
+    target: torch.Tensor
+    version: int
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class _PutOff(TorchFunctionMode):
@@ -41,7 +59,7 @@ class _PutOff(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pending: dict[int, list[tuple[torch.Tensor, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]] = {}
+        self.pending: dict[int, list[_Step]] = {}
         self.exposed: set[int] = set()
         self.draws = CallersDraws()
         self._ways: dict[Any, tuple[int, str]] = {}
@@ -100,7 +118,8 @@ class _PutOff(TorchFunctionMode):
 
     def _append(self, place: int, target: torch.Tensor, func: Any, rest: tuple[Any, ...], kwargs: Any) -> None:
         with torch._C.DisableTorchFunction():
-            self.pending.setdefault(place, []).append((target.detach(), func, rest, kwargs))
+            step = _Step(target.detach(), _version(target), (func, rest, kwargs))
+            self.pending.setdefault(place, []).append(step)
 
     def _truncate(self, frame: FrameType, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Within torch's `trunc_normal_`: the whole call is put off at its first draw, and its trials are passed by."""
@@ -145,10 +164,32 @@ class _PutOff(TorchFunctionMode):
             self.run(each)
 
     def run(self, place: int) -> None:
-        """Do what was put off for a storage."""
-        with _plainly(), self.draws.drawn():
-            for target, func, args, kwargs in self.pending.pop(place):
-                func(target, *args, **kwargs)
+        """Do what was put off for a storage, unless nobody else has it any more."""
+        steps = self.pending.pop(place)
+        with _plainly():
+            calls = [step.call if _version(step.target) == step.version else None for step in steps]
+            targets = _again(steps)
+            if targets and any(calls):
+                with self.draws.drawn():
+                    for target, call in zip(targets, calls, strict=True):
+                        if call is not None:
+                            func, args, kwargs = call
+                            func(target, *args, **kwargs)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _again(steps: list[_Step]) -> list[torch.Tensor]:
+    """The steps' targets anew, so that those of inference mode can be written; none where only the steps had them."""
+    forms = [(t.dtype, t.device, t.storage_offset(), t.size(), t.stride()) for t in (step.target for step in steps)]
+    memory = StorageWeakRef(steps[0].target.untyped_storage())  # type: ignore[no-untyped-call]
+    steps.clear()
+    storage: Any = torch.UntypedStorage._new_with_weak_ptr(memory.cdata)
+    if storage is None:
+        return []
+    return [torch.empty(0, dtype=kind, device=where).set_(storage, *form) for kind, where, *form in forms]
 
 
 @contextmanager
