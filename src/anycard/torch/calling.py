@@ -16,19 +16,20 @@ from torch.nn.parameter import is_lazy
 from anycard.errors import MismatchError
 from anycard.names.paths import join, translated
 from anycard.pickles.stubs import Inert
+from anycard.torch.devices import move
 from anycard.torch.modules import live_paths, walk
 from anycard.torch.reading import materialise, read_tensor
 from anycard.torch.self_loading import overrides_entry, run_own_loading
 from anycard.torch.survey import Target
 from anycard.torch.undo import Undo
-from anycard.torch.work import OwnLoader, Work
+from anycard.torch.work import Options, OwnLoader, Work, final_dtype
 from anycard.warning import warn
 
 Made = dict[int, tuple[torch.Tensor, torch.Tensor]]  # by its id: a meta tensor, and what takes its place
 _UNWRITTEN = 0xA5  # in every byte: no number that anyone stores
 
 
-def call_loaders(work: Work, undo: Undo | None, strict: bool, made: Made, *, check: bool) -> None:
+def call_loaders(work: Work, undo: Undo | None, options: Options, made: Made, *, check: bool) -> None:
     """Let modules that compute on load do so, with real tensors.
 
     Args:
@@ -41,10 +42,10 @@ def call_loaders(work: Work, undo: Undo | None, strict: bool, made: Made, *, che
     for loader in work.called:
         if undo is not None:
             undo.keep_modules(loader.module)
-        given = _give_memory(loader, made)
+        given = _make_ready(loader, options.dtype, made)
         with _sparing(loader.spared):
-            _call(loader, work, strict, check)
-        _take_back(given, made, loader, work, strict)
+            _call(loader, work, options.strict, check)
+        _take_back(given, made, loader, work, options.strict)
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def _call(loader: OwnLoader, work: Work, strict: bool, check: bool) -> None:
         else:
             errors = run_own_loading(loader.module, prefix, state, loader.metadata, missing, unexpected, hooks=True)
     except Exception as error:
-        raise _refused(name, str(error), work) from error
+        raise _refused(name, str(error) or type(error).__name__, work) from error
     spared = {target.name for target in loader.spared}
     missing = [n for n in missing if join(loader.name, n.removeprefix(prefix)) not in spared]
     odd = [f"missing {n}" for n in missing] + [f"unexpected {n}" for n in unexpected if not spared]
@@ -115,33 +116,51 @@ def _refused(name: str, why: str, work: Work) -> MismatchError:
     return MismatchError(message, plan=work.plan, path=work.plan.path)
 
 
-def _slots(loader: OwnLoader) -> Iterator[tuple[str, dict[str, Any], str, torch.Tensor]]:
+def _slots(module: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any], str, torch.Tensor]]:
     """Every place of a module's tensors: its name, what holds it and under which attribute, what stands there."""
-    for path, inner in loader.module.named_modules(prefix=loader.name):
+    for inner_path, inner in module.named_modules(prefix=path):
         for slots in (inner._parameters, inner._buffers):
             for attribute, tensor in list(slots.items()):
                 if tensor is not None:
-                    yield join(path, attribute), slots, attribute, tensor
+                    yield join(inner_path, attribute), slots, attribute, tensor
 
 
-def _give_memory(loader: OwnLoader, made: Made) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Memory for what stands on the meta device, ties kept; gives meta tensor and memory that nothing was read into."""
+def _make_ready(
+    loader: OwnLoader, asked: torch.dtype | str | None, made: Made
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Give tensors their final dtype, so that no value passes another one, and those on the meta device memory.
+
+    Returns:
+        Meta tensor and memory, ties kept, of what nothing was read into.
+    """
     given = []
-    for _, slots, attribute, tensor in _slots(loader):
+    spared = {id(target.tensor) for target in loader.spared}
+    for name, slots, attribute, tensor in _slots(loader.module, loader.live):
+        dtype = final_dtype(tensor.dtype, None if id(tensor) in spared else loader.given.get(name), asked)
         if not tensor.is_meta:
+            _cast(tensor, dtype)
             continue
         if id(tensor) not in made:
-            made[id(tensor)] = tensor, _with_memory(tensor)
+            made[id(tensor)] = tensor, _with_memory(tensor, dtype)
             given.append(made[id(tensor)])
         slots[attribute] = made[id(tensor)][1]
     return given
 
 
-def _with_memory(tensor: torch.Tensor) -> torch.Tensor:
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype == dtype:
+        return
+    if is_lazy(tensor):
+        tensor.data = tensor.data.to(dtype)
+    else:
+        move(tensor, tensor.detach().to(dtype))
+
+
+def _with_memory(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if is_lazy(tensor):
         kind: Any = type(tensor)
-        return kind(requires_grad=tensor.requires_grad, device="cpu", dtype=tensor.dtype)  # type: ignore[no-any-return]
-    fresh = torch.empty_like(tensor.detach(), device="cpu")
+        return kind(requires_grad=tensor.requires_grad, device="cpu", dtype=dtype)  # type: ignore[no-any-return]
+    fresh = torch.empty_like(tensor.detach(), device="cpu", dtype=dtype)
     _bytes(fresh).fill_(_UNWRITTEN)
     return nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
 
@@ -162,7 +181,7 @@ def _take_back(
     back = {id(new): meta for meta, new in empty if new.numel()}
     known = {id(target.tensor) for target in (*work.counters, *loader.spared)}
     names = []
-    for name, slots, attribute, tensor in _slots(loader):
+    for name, slots, attribute, tensor in _slots(loader.module, loader.name):
         meta = back.get(id(tensor))
         if meta is not None:
             slots[attribute] = meta

@@ -11,9 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from anycard.checkpoint import tensor_bytes
 from anycard.errors import CheckpointError, DeviceError, MismatchError
-from anycard.tensors import span_numel
+from anycard.tensors import TensorInfo, span_numel
 from anycard.torch.reading import Fill, Fills, read_tensor
-from anycard.torch.work import Options, Work
+from anycard.torch.work import Options, Work, final_dtype
 from anycard.warning import warn
 
 _MOST = 60  # lines of an error
@@ -34,7 +34,7 @@ def check(work: Work, options: Options) -> None:
     nothing = not work.fills and not plan.called and plan.total > 0
     if (problems and options.strict) or nothing:
         raise MismatchError(_refusal(work, problems, nothing), plan=plan, path=plan.path)
-    _check_conflicts(work)
+    _check_conflicts(work, options)
     if problems:
         warn(f"{plan.path}: loaded without what does not fit {plan.model}:\n" + "\n".join(problems))
 
@@ -80,12 +80,21 @@ def _refusal(work: Work, problems: list[str], nothing: bool) -> str:
     return "\n".join([*lines, "  " + " ".join([*hints, "The model was not changed."])])
 
 
-def _check_conflicts(work: Work) -> None:
+def _check_conflicts(work: Work, options: Options) -> None:
+    own = dict(zip(work.fills.names, work.fills.tensors, strict=True)) if work.conflicts else {}
     for a, first, b, second in work.conflicts:
-        if first.dtype != second.dtype or tensor_bytes(first) != tensor_bytes(second):
+        if not _agree(first, second, final_dtype(own[a].dtype, first, options.dtype)):
             raise _contradiction(a, b, work)
     for group in _overlapping(work.fills):
         _check_overlap(group, work)
+
+
+def _agree(first: TensorInfo, second: TensorInfo, dtype: torch.dtype) -> bool:
+    """They are the same bytes; of two dtypes, once they are cast to the model's."""
+    if first.dtype == second.dtype:
+        return tensor_bytes(first) == tensor_bytes(second)
+    one, other = (read_tensor(info).to(dtype).reshape(-1).view(torch.uint8) for info in (first, second))
+    return torch.equal(one, other)
 
 
 def _contradiction(a: str, b: str, work: Work) -> MismatchError:

@@ -26,6 +26,16 @@ def find_device(device: Any) -> torch.device:
         raise DeviceError(f"device={str(wanted)!r} is not there. This machine has: {_present()}.{_visible()}") from None
 
 
+def move(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Give a tensor of a model other memory; its gradient goes along, where and as an optimizer wants it."""
+    tensor.data = data
+    if not tensor.is_inference():  # which has no version
+        torch.autograd.graph.increment_version(tensor)  # `.data =` is nothing that autograd sees
+    gradient = tensor.grad
+    if gradient is not None and (gradient.dtype != data.dtype or gradient.device != data.device):
+        gradient.data = gradient.detach().to(device=data.device, dtype=data.dtype)
+
+
 def _present() -> str:
     found = ["cpu"]
     for kind in ("cuda", "xpu"):

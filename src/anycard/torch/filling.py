@@ -16,6 +16,7 @@ from anycard.errors import naming
 from anycard.limits import DEFAULT, Limits
 from anycard.tensors import TensorInfo, is_dense
 from anycard.torch.calling import Made, call_loaders, check_extras, run_post_hooks, set_extras
+from anycard.torch.devices import move
 from anycard.torch.dtypes import PLAIN, is_plain
 from anycard.torch.mapping import Mappings
 from anycard.torch.modules import walk
@@ -70,7 +71,7 @@ def fill(
     with naming(work.plan.path):
         prepare(places.new, check=new).run(done, limits=limits)
         try:
-            call_loaders(work, undo, options.strict, made, check=new)
+            call_loaders(work, undo, options, made, check=new)
             done(sum(info.nbytes for loader in work.called for info in loader.given.values()))
             inplace = places.inplace.seen_anew() if work.called else places.inplace
             _read_in_place(inplace, done, old, undo, limits)
@@ -165,27 +166,19 @@ def _put(model: nn.Module, options: Options, places: _Places, made: Made, undo: 
     if not places.old and options.device is None and options.dtype is None:
         return
     moved: dict[int, torch.Tensor] = {}
-    changed: list[nn.Parameter] = []
     for _, _, module in walk(model):
         if undo is not None:
             undo.keep_slots(module)
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                module._parameters[name] = _put_parameter(parameter, options, places, made, changed)
+                module._parameters[name] = _put_parameter(parameter, options, places, made)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 _, fresh = places.old.get(id(buffer), (buffer, None))
                 module._buffers[name] = fresh if fresh is not None else _moved(buffer, options, moved)
-    torch.autograd.graph.increment_version(changed)  # `.data =` is nothing that autograd sees
 
 
-def _put_parameter(
-    parameter: nn.Parameter,
-    options: Options,
-    places: _Places,
-    made: Made,
-    changed: list[nn.Parameter],
-) -> nn.Parameter:
+def _put_parameter(parameter: nn.Parameter, options: Options, places: _Places, made: Made) -> nn.Parameter:
     """The parameter with its new memory, or the one that takes a meta parameter's place."""
     _, fresh = places.old.get(id(parameter), (parameter, None))
     _, new = made.get(id(parameter), (parameter, None))
@@ -194,9 +187,7 @@ def _put_parameter(
         return new
     data = fresh if fresh is not None else _moved(parameter, options, {})
     if data is not parameter:
-        if not parameter.is_inference():  # which has no version
-            changed.append(parameter)
-        parameter.data = data
+        move(parameter, data)
     return parameter
 
 

@@ -221,6 +221,7 @@ def _whole(ckpt: Checkpoint, allow: tuple[str, ...], options: Options, progress:
     model = rebuild_model(ckpt, allow, options.key, progress)
     if options.device is not None:
         model = model.to(options.device)
-    if isinstance(options.dtype, torch.dtype):
-        model = model.to(options.dtype)
+    dtype = options.dtype
+    if isinstance(dtype, torch.dtype):  # `to` would cast complex tensors as well
+        model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)  # type: ignore[no-untyped-call]
     return model

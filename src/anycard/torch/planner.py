@@ -181,6 +181,7 @@ class Planner:
         unexpected = {back[n] for n in found.unexpected if n in back} if found.reported else set()
         self.used |= {n for n in back.values() if n not in unexpected}
         self.plan.nbytes += sum(info.nbytes for info in loader.given.values())
+        self._say_without_dtype(loader)
         if found.reported:
             paths = canonical_paths(self.walked)
             missing = [translated(n, paths) for n in found.missing if not n.endswith("_extra_state")]
@@ -191,6 +192,15 @@ class Planner:
         if lacking:
             names = ", ".join(lacking)
             self.plan.notes.append(f"not in the file under these names, which only the call can tell of: {names}")
+
+    def _say_without_dtype(self, loader: OwnLoader) -> None:
+        """A module that is called gets the file's dtypes by its tensors' names alone."""
+        prefix = loader.name + "." if loader.name else ""
+        inside = {n: t for n, t in self.wanted.items() if n.startswith(prefix) and n in self.chosen}
+        own = [n for n, t in inside.items() if t.dtype.is_floating_point and n not in self.stored]
+        if own and self.options.dtype == "auto":
+            names = ", ".join(own)
+            self.plan.notes.append(f"dtype='auto' keeps the model's where the file has no such name: {names}")
 
     def _from_trace(
         self,

@@ -142,15 +142,19 @@ class Undo:
     def keep_slots(self, module: nn.Module) -> None:
         """Remember which tensors stand in a module's parameters and buffers, and the memory they have."""
         held = [(slots, dict(slots)) for slots in (module._parameters, module._buffers)]
-        data = [(p, p.data) for p in module._parameters.values() if p is not None and not is_lazy(p)]
+        own = [tensor for slots, _ in held for tensor in slots.values() if tensor is not None]
+        lazy = [(tensor, type(tensor)) for tensor in own if is_lazy(tensor)]
+        data = [(each, each.data) for tensor in own for each in (tensor, tensor.grad) if each is not None]
 
         def back() -> None:
             for slots, old in held:
                 slots.clear()
                 slots.update(old)  # type: ignore[arg-type]
-            for parameter, values in data:
-                if not parameter.is_meta:
-                    parameter.data = values
+            for tensor, values in data:
+                if not tensor.is_meta:
+                    tensor.data = values
+            for tensor, kind in lazy:
+                tensor.__class__ = kind
 
         self.then(back)
 

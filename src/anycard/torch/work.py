@@ -77,9 +77,13 @@ class Work:
     wrapper_state: list[tuple[Target, int]] = field(default_factory=list)
 
 
-def final_dtype(own: torch.dtype, info: TensorInfo, asked: torch.dtype | str | None) -> torch.dtype:
-    """The dtype that a tensor ends up with; `dtype=` counts for floating-point tensors only."""
-    if asked == "auto":
+def final_dtype(own: torch.dtype, info: TensorInfo | None, asked: torch.dtype | str | None) -> torch.dtype:
+    """The dtype that a tensor ends up with; `dtype=` counts for floating-point tensors only.
+
+    Args:
+        info: The stored tensor; None where there is none of that name.
+    """
+    if asked == "auto" and info is not None:
         return TO_TORCH[info.dtype] if own.is_floating_point and DTYPES[info.dtype].kind == "float" else own
     if isinstance(asked, torch.dtype) and own.is_floating_point:
         return asked
@@ -91,5 +95,7 @@ _KINDS = {"bool": 0, "int": 1, "float": 2, "complex": 3}
 
 def loses_kind(stored: str, own: str) -> bool:
     """A cast would lose what the values are: float into integer, complex into real."""
+    if (stored, own) == ("uint8", "bool"):
+        return False  # a mask from before torch 1.2, where it became a dtype of its own
     have, want = _KINDS.get(DTYPES[stored].kind), _KINDS.get(DTYPES[own].kind)
     return have is None or want is None or have > want
