@@ -81,6 +81,18 @@ def test_extra_state_that_is_an_object_is_an_error_or_said(tmp_path, value):
     assert_same(weights(model), weights(source))
 
 
+def test_extra_state_that_is_a_class_is_named(tmp_path):
+    """A class as a value is refused by its own name."""
+
+    class Odd(Stateful):
+        def get_extra_state(self) -> Any:
+            return {"kind": argparse.Namespace}
+
+    torch.save(filled(Odd(2, 2)).state_dict(), tmp_path / "a.pth")
+    model = filled(Odd(2, 2), 5)
+    refused(lambda: anycard.load(tmp_path / "a.pth", model), model, "_extra_state", "the class argparse.Namespace,")
+
+
 @pytest.mark.parametrize("state", [{"steps": 3}, torch.tensor([1.0])], ids=["data", "tensor"])
 def test_extra_state_that_the_model_does_not_take_is_unexpected(tmp_path, state):
     """The file has extra state, the model's layer takes none: plain torch refuses, and so do we, by name."""

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from anycard.errors import MismatchError
 from anycard.names.paths import join, translated
+from anycard.names.plain import plain
 from anycard.pickles.stubs import Inert
 from anycard.torch.devices import move
 from anycard.torch.modules import live_paths, walk
@@ -208,10 +209,14 @@ def _extra(value: object, name: str) -> Any:
     odd = next(_objects_in(value), None)
     if odd is not None:
         raise MismatchError(
-            f"{name}: the extra state holds an object of {getattr(odd, 'path', odd)}, which is not rebuilt; "
+            f"{name}: the extra state holds {_called(odd)}, which is not rebuilt; "
             "strict=False loads the rest. The model was not changed."
         )
     return materialise(value)
+
+
+def _called(odd: object) -> str:
+    return f"an object of {odd.path}" if isinstance(odd, Inert) else f"the class {str(plain(odd)).strip('<>')}"
 
 
 def _objects_in(value: object) -> Iterator[object]:
@@ -220,7 +225,8 @@ def _objects_in(value: object) -> Iterator[object]:
     while stack:
         held = stack.pop()
         if isinstance(held, (Inert, type)):
-            yield held
+            if isinstance(materialise(held), (str, Mapping)):  # words about it, where it is none of torch's small types
+                yield held
         elif isinstance(held, (Mapping, list, tuple, set, frozenset)) and id(held) not in seen:
             seen.add(id(held))
             stack += [*held.keys(), *held.values()] if isinstance(held, Mapping) else held
