@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 from anycard.checkpoint import Checkpoint
@@ -65,7 +65,7 @@ class Copier:
         mark = self._ckpt.mark
         held = canonical_metadata(Match(found, "", {name: stored for stored, name in names.items()}, ()), mark)
         if "metadata" in mark:  # it leaves out what is version 1
-            held = {**{path: {"version": 1} for name in names.values() for path in _above(name)}, **held}
+            held = {**{path: {"version": 1} for path in _modules(mark, names.values())}, **held}
         return OrderedDict(held) if held else None
 
     def _tensor(self, info: TensorInfo, name: str) -> TensorRef:
@@ -151,6 +151,14 @@ def _key(key: Any) -> Any:
 def is_flat(value: Any, found: StateDict) -> TypeGuard[Mapping[Any, Any]]:
     """The object is a dict that has the state dict's tensors under these very names."""
     return isinstance(value, Mapping) and all(isinstance(value.get(name), TensorInfo) for name in found.tensors)
+
+
+def _modules(mark: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
+    """Paths of modules: as a whole model of ours lists them, else those above the names."""
+    listed = mark.get("modules")
+    if isinstance(listed, list):
+        return (path for path in listed if isinstance(path, str))
+    return (path for name in names for path in _above(name))
 
 
 def _above(name: str) -> Iterator[str]:

@@ -26,9 +26,11 @@ from anycard.names.stored import StateDict
 from anycard.operations.contents import Copier, is_flat
 from anycard.operations.proving import Proof
 from anycard.pickles.writer import dump
-from anycard.plans.matching import Match, canonical_metadata
+from anycard.plans.matching import Match, canonical_metadata, versions_of_classes
 from anycard.progress import Progress, counting
 from anycard.tensors import DTYPES, TensorInfo
+
+_OF_THE_SOURCE = ("whole", "modules", "metadata", "wrappers", "classes")  # what a mark says of the old file's object
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _to_zip(ckpt: Checkpoint, key: str | None, dst: str, progress: Progress) -> 
     found = ckpt.chosen(key) if key is not None or [d.key for d in dicts] == [""] else None
     whole = found is None or (key is None and is_flat(ckpt.tree, found))
     tree = copier.everything() if found is None or whole else copier.state_dict(found)
-    mark = _with_wrappers({"anycard": 1}, ckpt, None) if found is None else _mark(ckpt, found)
+    mark = _beside_names({"anycard": 1}, ckpt, None) if found is None else _mark(ckpt, found)
     mark.pop("metadata", None)  # a torch zip has a place of its own for it
     with counting(progress, sum(piece.nbytes for piece in copier.pieces)) as done, replace_file(dst) as file:
         write_torch_zip(file, dump(tree), [counted(piece, done) for piece in copier.pieces], mark, DEFAULT)
@@ -135,16 +137,24 @@ def _beside(ckpt: Checkpoint, found: StateDict) -> tuple[str, ...]:
 def _mark(ckpt: Checkpoint, found: StateDict) -> dict[str, Any]:
     """anycard's own record for a state dict that goes over: versions, and what belongs to wrappers."""
     names, _ = canonical_names(found, marked=ckpt.marked)
-    mark: dict[str, Any] = {k: v for k, v in ckpt.mark.items() if k not in ("whole", "metadata", "wrappers")}
+    mark: dict[str, Any] = {k: v for k, v in ckpt.mark.items() if k not in _OF_THE_SOURCE}
     mark["anycard"] = 1
     held = canonical_metadata(Match(found, "", {name: stored for stored, name in names.items()}, ()), ckpt.mark)
     if held or "metadata" in ckpt.mark:
         mark["metadata"] = {path: kept for path, kept in held.items() if kept != {"version": 1}}
-    return _with_wrappers(mark, ckpt, found)
+    return _beside_names(mark, ckpt, found)
+
+
+def _beside_names(mark: dict[str, Any], ckpt: Checkpoint, found: StateDict | None) -> dict[str, Any]:
+    """The record, with what the state dicts do not tell: of all of the file, or of one that becomes its top."""
+    of_classes = [each.key for each in ckpt.state_dicts if versions_of_classes(each, ckpt.mark)]
+    if found is not None:
+        of_classes = [""] if versions_of_classes(found, ckpt.mark) else []
+    return _with_wrappers({**mark, "classes": of_classes} if of_classes else mark, ckpt, found)
 
 
 def _with_wrappers(mark: dict[str, Any], ckpt: Checkpoint, found: StateDict | None) -> dict[str, Any]:
-    """The record, with what belongs to wrappers: of all of the file, or of one state dict that becomes its top."""
+    """The record, with what belongs to wrappers."""
     told = ckpt.mark.get("wrappers")
     held = dict(told) if isinstance(told, Mapping) else {}
     for each in [] if ckpt.marked else ckpt.state_dicts if found is None else [found]:

@@ -375,6 +375,16 @@ def canonical_metadata(match: Match, mark: Mapping[str, Any]) -> dict[str, dict[
     return found
 
 
+def versions_of_classes(source: StateDict, mark: Mapping[str, Any]) -> bool:
+    """A state dict out of a whole model that says nothing of versions: they are in the code of its classes.
+
+    `convert` notes the keys of such in the mark.
+    """
+    keys = mark.get("classes")
+    noted = isinstance(keys, list) and any(source.key == k or not k or source.key.startswith(f"{k}.") for k in keys)
+    return noted or (source.canonical is not None and "metadata" not in mark)
+
+
 def _module_paths(match: Match) -> dict[str, str]:
     """Module path in the file, without segments that are nobody's own -> in the model, as tensors' names show them."""
     found: dict[str, str] = {}

@@ -20,6 +20,7 @@ from anycard.plans.matching import (
     extra_states,
     infos,
     selected,
+    versions_of_classes,
 )
 from anycard.tensors import TensorInfo, row_major
 from anycard.torch.dtypes import FROM_TORCH, TO_TORCH
@@ -59,15 +60,19 @@ class Planner:
     def metadata(self) -> dict[str, dict[str, Any]]:
         """Canonical module path -> what the file says of that module.
 
-        A whole model's classes keep their version in code, so it is today's; and our safetensors files
-        leave out what is version 1.
+        A whole model's classes keep their version in code, so it is today's; and our safetensors files and
+        whole models leave out what is version 1.
         """
         found = canonical_metadata(self.work.match, self.ckpt.mark)
-        if self.work.match.source.canonical is not None:
+        if self._of_classes:
             return {path: {"version": module._version} for _, path, module in self.walked}
         if "metadata" in self.ckpt.mark:
             return {**{path: {"version": 1} for _, path, _ in self.walked}, **found}
         return found
+
+    @cached_property
+    def _of_classes(self) -> bool:
+        return versions_of_classes(self.work.match.source, self.ckpt.mark)
 
     def run(self) -> None:
         handled = self._own_loaders()
@@ -108,7 +113,7 @@ class Planner:
     def _absent(self, name: str, target: Target) -> None:
         version = self.metadata.get(name.rpartition(".")[0], {}).get("version")
         counter = target.attribute == "num_batches_tracked" and counts_batches(target.module)
-        whole = self.work.match.source.canonical is not None
+        whole = self._of_classes or self.work.match.source.canonical is not None
         if counter and (whole or not isinstance(version, int) or version < 2):
             self.work.counters.append(target)
         else:

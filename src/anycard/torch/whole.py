@@ -67,7 +67,16 @@ def pickle_whole(model: nn.Module) -> tuple[bytes, list[Piece], dict[str, Any]]:
         warn(f"the model keeps {', '.join(sorted(set(pickler.devices)))} as an attribute; it stays in the file")
     if pickler.lost:
         warn(f"what tensors carry is not in the file: {', '.join(sorted(set(pickler.lost)))}")
-    return data, storages.pieces, {"anycard": 1, "whole": True}
+    return data, storages.pieces, {"anycard": 1, "whole": True, **_versions(model)}
+
+
+def _versions(model: nn.Module) -> dict[str, Any]:
+    """The paths of all modules in the order of a state dict's `_metadata`, and what it says other than version 1.
+
+    A class keeps its version, a pickle names only the class: who reads no class learns it here.
+    """
+    told = {path: {"version": getattr(module, "_version", 1)} for _, path, module in walk(unwrapped(model))}
+    return {"modules": list(told), "metadata": {path: held for path, held in told.items() if held != {"version": 1}}}
 
 
 class _Noting(Storages):
