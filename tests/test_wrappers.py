@@ -295,3 +295,53 @@ def test_a_wrapper_with_more_than_what_it_wraps_is_no_whole_model(tmp_path, own,
     assert (tmp_path / "a.pt").read_bytes() == b"old"
     anycard.save(outer(WithHead(inner, again=inner[0], scale=2)), tmp_path / "a.pt", whole=True)
     assert len(anycard.read(tmp_path / "a.pt")) == 2
+
+
+class Adapted(nn.Module):
+    """Stores its adapter alone, under a name of its own."""
+
+    def __init__(self, by_hook: bool) -> None:
+        super().__init__()
+        self.base, self.adapter = nn.Linear(2, 2), nn.Linear(2, 2)
+        if by_hook:
+            self._register_state_dict_hook(lambda module, state, prefix, metadata: self.chosen(state))
+        self.by_hook = by_hook
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
+        state = super().state_dict(*args, **kwargs)
+        return state if self.by_hook else self.chosen(state)
+
+    def chosen(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name.replace("adapter", "lora"): tensor for name, tensor in state.items() if "adapter" in name}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("by_hook", [True, False])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_model_is_asked_for_its_own_state_dict_in_any_wrapper(tmp_path, stack, by_hook, suffix):
+    """What a model itself stores, by a method or by a hook, is stored however it is wrapped: the same bytes."""
+    model = filled(Adapted(by_hook))
+    anycard.save(model, tmp_path / f"a{suffix}")
+    model = wrapped(model, STACKS[stack])
+    anycard.save(model, tmp_path / f"b{suffix}")
+    assert_same(anycard.read(tmp_path / f"b{suffix}"), inner_of(model).state_dict())
+    assert sorted(anycard.read(tmp_path / f"b{suffix}")) == ["lora.bias", "lora.weight"]
+    if "averaged" not in STACKS[stack]:  # which counts, and copies what it wraps
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("more", ["parameter", "hook", "method"])
+def test_a_wrapper_that_stores_more_is_asked_itself(tmp_path, more):
+    """A parameter, a state-dict hook or a `state_dict` of the wrapper's own is in the file."""
+
+    class Telling(nn.DataParallel):
+        def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
+            return {**super().state_dict(*args, **kwargs), "scale": torch.ones(2)}
+
+    model = (Telling if more == "method" else nn.DataParallel)(nn.Linear(2, 2))
+    if more == "parameter":
+        model.scale = nn.Parameter(torch.ones(2))
+    if more == "hook":
+        model._register_state_dict_hook(lambda module, state, prefix, metadata: state.update(scale=torch.ones(2)))
+    anycard.save(nn.DataParallel(model), tmp_path / "a.pth")
+    assert_same(anycard.read(tmp_path / "a.pth"), {**model.module.state_dict(), "scale": torch.ones(2)})

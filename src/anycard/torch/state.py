@@ -11,6 +11,7 @@ from torch import nn
 
 from anycard.errors import CheckpointError
 from anycard.names.paths import join, translated
+from anycard.names.wrappers import Wrapper
 from anycard.torch.modules import Walked, canonical_paths, live_wrapper, refuse_assigned_state_dict, walk
 
 
@@ -18,12 +19,13 @@ def state_of(model: nn.Module) -> tuple[OrderedDict[str, Any], dict[str, Any]]:
     """A model's real state dict under canonical names, and the state that belongs to its wrappers."""
     walked = walk(model)
     refuse_assigned_state_dict(walked, walked)
+    asked, wrappers = _out_of_wrappers(model)
+    walked = walk(asked)
     paths = canonical_paths(walked)
     with _real_methods(model):
-        live = model.state_dict()
+        live = asked.state_dict()
     own = _wrapper_names(walked)
     state: OrderedDict[str, Any] = OrderedDict()
-    wrappers: dict[str, Any] = {}
     for name, value in live.items():
         if name in own:
             wrappers[own[name]] = int(value)
@@ -38,6 +40,36 @@ def state_of(model: nn.Module) -> tuple[OrderedDict[str, Any], dict[str, Any]]:
         held = OrderedDict((paths.get(p, p), v) for p, v in metadata.items() if p not in outer)
         state._metadata = held  # type: ignore[attr-defined]
     return state, wrappers
+
+
+def _out_of_wrappers(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The module to ask for the state dict, and what the wrappers around it have of their own.
+
+    A module takes what its children write, not what their `state_dict` returns: asked through a wrapper, a model
+    with a `state_dict` of its own would be bypassed.
+    """
+    wrappers: dict[str, Any] = {}
+    while (row := live_wrapper(model)) is not None:
+        inner = model._modules.get(row.child)
+        if inner is None or not _says_nothing_more(model, row):
+            break
+        held = ((name, model._buffers.get(name)) for name in row.own)
+        wrappers.update({name: int(value) for name, value in held if value is not None})
+        model = inner
+    return model, wrappers
+
+
+_TELLING = ("state_dict", "_save_to_state_dict", "get_extra_state")
+
+
+def _says_nothing_more(module: nn.Module, row: Wrapper) -> bool:
+    """The wrapper's state dict is that of the module in it, but for its names and its known buffers."""
+    if any(getattr(type(module), name) is not getattr(nn.Module, name) for name in _TELLING):
+        return False
+    renaming = getattr(type(module), "_post_state_dict_hook", None)  # activation wrappers hide their segment so
+    hooks = {*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()} - {renaming}
+    held = {**module._parameters, **module._buffers, **module._modules}
+    return not hooks and not held.keys() - {row.child, *row.own}
 
 
 def _wrapper_names(walked: Walked) -> dict[str, str]:
