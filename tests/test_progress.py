@@ -71,9 +71,7 @@ def test_a_notebook_shows_a_bar() -> None:
         assert (result.stdout, "2.0/3.0 MB" in result.stderr, result.stderr == "") == ("", seen, not seen)
 
 
-@pytest.mark.parametrize(
-    "stream", ["None", "open(sys.argv[1], 'w')", "Log()"]
-)
+@pytest.mark.parametrize("stream", ["None", "open(sys.argv[1], 'w')", "Log()"])
 def test_any_stderr_will_do(tmp_path: Path, stream: str) -> None:
     """None, as below pythonw, a file, and a logger without `isatty`."""
     anycard.save(nn.Linear(2, 2), tmp_path / "a.pth")
