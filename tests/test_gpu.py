@@ -161,6 +161,19 @@ def test_a_model_spread_over_two_cards(tmp_path):
     assert_same(on_cpu(model), want)
 
 
+@several
+def test_a_load_and_a_save_take_no_memory_of_another_card(tmp_path):
+    """With the model on the second card nothing begins to work on the first, in no thread."""
+    anycard.save(filled(nn.Linear(3000, 3000)), tmp_path / "a.pth")
+    code = (
+        "import sys, torch, anycard\n"
+        "model = anycard.load(sys.argv[1], lambda: torch.nn.Linear(3000, 3000), device='cuda:1')\n"
+        "anycard.save(model, sys.argv[1])\n"
+        "assert not torch._C._cuda_hasPrimaryContext(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.pth")], check=True)
+
+
 def test_a_card_that_is_not_there():
     """One card too many: DeviceError says which are there."""
     absent = f"cuda:{torch.cuda.device_count()}"

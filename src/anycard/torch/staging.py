@@ -17,6 +17,7 @@ from anycard.disk.transfer import Piece
 from anycard.tensors import TensorInfo, is_dense
 from anycard.torch.dtypes import PLAIN, TO_TORCH
 from anycard.torch.parts import in_order, parts
+from anycard.torch.streams import on, stream_of
 
 _READERS_FOR_CARDS = 7  # of a chunk each; one reader alone does not keep up with a card
 
@@ -37,11 +38,10 @@ class Staging:
             rows = zip(tensors, infos, strict=True)
             self._targets = [t.detach() if i.form.row_major else in_order(t.detach(), i.stride) for t, i in rows]
         self._infos = infos
-        cards = {tensor.device for tensor in tensors if tensor.is_cuda}
-        # What the caller's work on a card is in order with; helper threads would have another one.
-        self._streams = {device: torch.cuda.current_stream(device) for device in cards}
+        streams = map(stream_of, {target.device for target in self._targets})
+        self._streams = [stream for stream in streams if stream is not None]
         self._own = threading.local()
-        self.readers = min(_READERS_FOR_CARDS, os.cpu_count() or 1) if cards else None
+        self.readers = min(_READERS_FOR_CARDS, os.cpu_count() or 1) if self._streams else None
 
     def buffer(self, nbytes: int) -> int:
         """The address of this thread's buffer."""
@@ -54,24 +54,24 @@ class Staging:
     def take(self, pieces: Iterable[Piece]) -> None:
         """Bring the bytes that lie in this thread's buffer to their tensors."""
         buffer = self._own.buffer
-        with torch.inference_mode():  # a model that was made in it takes values in no other way
+        with torch.inference_mode(), contextlib.ExitStack() as cards:  # in which alone inference tensors take values
+            for stream in self._streams:
+                cards.enter_context(on(stream))
             for read, into, nbytes, address in pieces:
                 at = address - buffer.data_ptr()
                 self._bring(self._targets[read], self._infos[read], into, buffer[at : at + nbytes])
-        for stream in self._streams.values():
+        for stream in self._streams:
             stream.synchronize()  # before the buffer is used again
 
     def _bring(self, target: torch.Tensor, info: TensorInfo, into: int, raw: torch.Tensor) -> None:
         values = _values(raw, info)
         first = into // info.itemsize
-        stream = self._streams.get(target.device)
-        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-            if stream is not None and target.dtype != values.dtype:
-                values = values.to(target.device, non_blocking=True)  # cast there
-            at = 0
-            for part in parts(target, first, first + len(values)):
-                part.copy_(values[at : at + part.numel()].view(part.shape), non_blocking=stream is not None)
-                at += part.numel()
+        if target.is_cuda and target.dtype != values.dtype:
+            values = values.to(target.device, non_blocking=True)  # cast there
+        at = 0
+        for part in parts(target, first, first + len(values)):
+            part.copy_(values[at : at + part.numel()].view(part.shape), non_blocking=target.is_cuda)
+            at += part.numel()
 
 
 def _values(raw: torch.Tensor, info: TensorInfo) -> torch.Tensor:

@@ -10,6 +10,7 @@ from anycard.disk.vectors import memory
 from anycard.tensors import is_dense
 from anycard.torch.dtypes import is_plain
 from anycard.torch.parts import in_order, parts
+from anycard.torch.streams import on, stream_of
 
 
 class TensorPiece:
@@ -22,6 +23,7 @@ class TensorPiece:
     def __init__(self, tensor: torch.Tensor, *, keep_order: bool = False) -> None:
         self._tensor = tensor
         self._keep_order = keep_order
+        self._stream = stream_of(tensor.device)
         self.nbytes = tensor.numel() * tensor.element_size()
 
     def chunks(self, chunk_nbytes: int) -> Iterator[memoryview]:
@@ -36,7 +38,8 @@ class TensorPiece:
             if lies_so:
                 yield memory(tensor.data_ptr() + first * size, (last - first) * size)
             else:
-                _copy(tensor, first, last, buffer)
+                with on(self._stream):
+                    _copy(tensor, first, last, buffer)
                 yield memory(buffer.data_ptr(), (last - first) * size)
 
     def _ordered(self) -> torch.Tensor:
