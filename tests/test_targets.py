@@ -130,6 +130,16 @@ def test_a_model_that_is_there_already_keeps_its_memory(tmp_path):
         assert_same(weights(model), weights(filled(Small())))
 
 
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs Apple's cards")
+def test_a_model_on_apples_card_is_filled_there(tmp_path):
+    """What torch gives there for a tensor's address is none: neighbours do not count as one memory."""
+    build = lambda: nn.Sequential(*[nn.Linear(300, 300) for _ in range(20)])  # noqa: E731
+    anycard.save(filled(build()), tmp_path / "a.pth")
+    model = filled(build(), 5).to("mps")
+    anycard.load(tmp_path / "a.pth", model, device="mps")
+    assert_same({name: tensor.cpu() for name, tensor in weights(model).items()}, weights(filled(build())))
+
+
 def test_a_load_makes_an_old_backward_pass_fail_loudly(tmp_path):
     """Gradients through values that a load has replaced are an error of autograd, not wrong numbers."""
     anycard.save(filled(Small()), tmp_path / "a.pth")

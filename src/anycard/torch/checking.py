@@ -113,13 +113,14 @@ def _overlapping(fills: Fills) -> list[list[Fill]]:
     rows = list(fills)
     extents = sorted([(*_extent(fill), index) for index, fill in enumerate(rows)])
     groups: list[list[int]] = []
-    reach = -1
-    for start, end, index in extents:
-        if start < reach:
+    within, reach = "", -1
+    for memory, start, end, index in extents:
+        if memory == within and start < reach:
             groups[-1].append(index)
         else:
             groups.append([index])
-        reach = max(reach, end)
+        reach = max(reach, end) if memory == within else end
+        within = memory
     return [[rows[index] for index in sorted(group)] for group in groups if len(group) > 1]
 
 
@@ -132,18 +133,19 @@ def _plainly_apart(fills: Fills) -> bool:
     return bool((ends[order[:-1]] <= starts[order[1:]]).all())
 
 
-def _extent(fill: Fill) -> tuple[int, int]:
-    """Addresses of the first element and behind the last; the same where it has no memory."""
+def _extent(fill: Fill) -> tuple[str, int, int]:
+    """A memory, and where in it the first element is and the end of the last; the same where it has no memory."""
     tensor = fill.tensor
     if fill.plain:
         start = tensor.data_ptr()
-        return start, start + tensor.nbytes
-    if is_lazy(tensor) or tensor.layout is not torch.strided:
-        return 0, 0
-    start = tensor.data_ptr()
-    if tensor.is_meta or not start:
-        return 0, 0
-    return start, start + span_numel(tuple(tensor.shape), tuple(tensor.stride())) * tensor.element_size()
+        return "", start, start + tensor.nbytes
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_meta or not tensor.data_ptr():
+        return "", 0, 0
+    memory, start = "", tensor.data_ptr()
+    if not tensor.is_cpu:  # not every device's pointers are addresses (those of mps are not)
+        memory = f"{tensor.device} {tensor.untyped_storage().data_ptr()}"
+        start = int(tensor.storage_offset()) * tensor.element_size()
+    return memory, start, start + span_numel(tuple(tensor.shape), tuple(tensor.stride())) * tensor.element_size()
 
 
 def _check_overlap(group: Sequence[Fill], work: Work) -> None:
