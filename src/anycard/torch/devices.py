@@ -28,8 +28,9 @@ def find_device(device: Any) -> torch.device:
 
 def move(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """Give a tensor of a model other memory; its gradient goes along, where and as an optimizer wants it."""
+    counted = not tensor.is_inference()  # which has no version, whatever memory it is given
     tensor.data = data
-    if not tensor.is_inference():  # which has no version
+    if counted:
         torch.autograd.graph.increment_version(tensor)  # `.data =` is nothing that autograd sees
     gradient = tensor.grad
     if gradient is not None and (gradient.dtype != data.dtype or gradient.device != data.device):
