@@ -77,7 +77,7 @@ def run_reads(
             Targets already filled keep their new bytes: the caller owns the way back.
         OSError: The disk failed; passed on as it came.
     """
-    chunk = limits.chunk_nbytes if stage is None else max(_ALIGNED, limits.chunk_nbytes // _ALIGNED * _ALIGNED)
+    chunk = limits.chunk_nbytes if stage is None else _staged_chunk(limits)
     pieces = Pieces(reads, chunk)
     sums = _Sums(reads) if any(crc is not None for crc in reads.crcs) else None
     lock = threading.Lock()
@@ -98,6 +98,11 @@ def run_reads(
     in_threads(list(pieces.batches()), work, limits.threads)
     if sums is not None:
         sums.finish()
+
+
+def _staged_chunk(limits: Limits) -> int:
+    """Half a chunk: it is copied on while it is still near, and pinned memory comes in the next power of two."""
+    return max(_ALIGNED, limits.chunk_nbytes // 2 // _ALIGNED * _ALIGNED)
 
 
 class Pieces:
