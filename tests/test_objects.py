@@ -120,9 +120,51 @@ def test_keys_are_what_plain_torch_reads(tmp_path):
     held = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert held["counts"] == {3: 2, 4: 1} and {type(key) for key in held["counts"]} == {int}
     assert held["by"] == {torch.float16: 1, ("a", 2): 2, None: 3} and held["text"] == 4
-    for key in (Colour.RED, Level.HIGH, Small, ("a", Colour.RED)):
-        with pytest.raises(anycard.CheckpointError, match=r"config\.0 has the key .*(Colour|Level|Small)"):
+    anycard.save({Level.HIGH: 1}, tmp_path / "b.ckpt")
+    assert [(type(key), key) for key in torch.load(tmp_path / "b.ckpt", weights_only=True)] == [(str, "high")]
+    for key in (Colour.RED, Small, ("a", Colour.RED)):
+        with pytest.raises(anycard.CheckpointError, match=r"config\.0 has the key .*(Colour|Small)"):
             anycard.save({"config": [{key: 1}]}, tmp_path / "b.ckpt")
+
+
+class Steps(enum.IntEnum):
+    MANY = 7
+
+
+class Half(float):
+    """A number with more to it."""
+
+
+def test_values_of_subclasses_are_what_plain_torch_reads(tmp_path):
+    """Text and numbers of subclasses go by value, a frozenset as a set; a bytearray stays one."""
+    tree = {
+        "torch": torch.__version__, "steps": Steps.MANY, "level": Level.HIGH, "half": Half(0.5), "text": np.str_("x"),
+        "names": frozenset(["b", "a"]), "raw": bytearray(b"\x00\xff"), "list": [Steps.MANY], "w": torch.ones(2),
+    }  # fmt: skip
+    anycard.save(tree, tmp_path / "a.ckpt")
+    assert anycard.scan(tmp_path / "a.ckpt").clean
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert held.pop("w").tolist() == [1, 1]
+    assert [(name, type(value)) for name, value in held.items()] == [
+        ("torch", str), ("steps", int), ("level", str), ("half", float), ("text", str), ("names", set),
+        ("raw", bytearray), ("list", list),
+    ]  # fmt: skip
+    assert held == {**{name: tree[name] for name in held}, "level": "high"} and type(held["list"][0]) is int
+    for within in (frozenset([frozenset()]), {(1, frozenset())}):
+        with pytest.raises(anycard.CheckpointError, match=r"config\.0 is a set that holds sets"):
+            anycard.save({"config": [within]}, tmp_path / "a.ckpt")
+
+
+def test_convert_keeps_torchs_version_and_sets(tmp_path):
+    """What plain `torch.save` wrote as `torch.__version__` is text; a frozenset is a set, sets of sets stay behind."""
+    tree = {"torch": torch.__version__, "names": frozenset("ab"), "raw": bytearray(b"x"), "sets": {frozenset("a")}}
+    torch.save({**tree, "w": torch.ones(2)}, tmp_path / "a.pt")
+    assert anycard.scan(tmp_path / "a.pt").clean
+    done = anycard.convert(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert done.left_behind == ("sets",)
+    held = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert held["torch"] == str(torch.__version__) and type(held["torch"]) is str
+    assert held["names"] == {"a", "b"} and type(held["raw"]) is bytearray
 
 
 @pytest.mark.parametrize("plain", [True, False])

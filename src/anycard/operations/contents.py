@@ -19,7 +19,7 @@ from anycard.tensors import DTYPES, TensorInfo, row_major
 
 _GONE = object()
 _DEEPEST = 200  # levels of containers
-_PLAIN = (bool, int, float, str, bytes, complex, type(None))
+_PLAIN = (bool, int, float, str, bytes, bytearray, complex, type(None))
 
 
 class Copier:
@@ -91,7 +91,7 @@ class Copier:
         if isinstance(value, Size):
             return Reduced(GlobalRef("torch", "Size"), (tuple(value),))
         if (
-            isinstance(value, (Mapping, list, tuple, set))
+            isinstance(value, (Mapping, list, tuple, set, frozenset))
             and id(value) not in self._above
             and len(self._above) < _DEEPEST
         ):
@@ -120,10 +120,18 @@ class Copier:
         self._above.discard(id(value))
         return tree
 
+    def _set(self, copies: Iterable[Any], path: str) -> Any:
+        """A set, for a frozenset too: plain PyTorch's reader of weights knows no other, and no set within a set."""
+        try:
+            return {copy for copy in copies if copy is not _GONE}
+        except TypeError:
+            self.gone.append(path)
+            return _GONE
+
     def _container(self, value: Any, path: str, dicts: Mapping[str, StateDict]) -> Any:
         if not isinstance(value, Mapping):
-            copies = (self._copy(v, join(path, i), dicts) for i, v in enumerate(value))
-            return type(value)(None if v is _GONE else v for v in copies)
+            copies = [self._copy(v, join(path, i), dicts) for i, v in enumerate(value)]
+            return self._set(copies, path) if isinstance(value, (set, frozenset)) else type(value)(_or_none(copies))
         made: dict[Any, Any] = {}
         for key, held in value.items():
             own, below = _key(key), join(path, key)
@@ -132,6 +140,10 @@ class Copier:
             elif (copied := self._copy(held, below, dicts)) is not _GONE:
                 made[own] = copied
         return Reduced(COUNTER, (made,)) if isinstance(value, Counted) else made
+
+
+def _or_none(copies: Iterable[Any]) -> Iterator[Any]:
+    return (None if copy is _GONE else copy for copy in copies)
 
 
 def _is_dtype(value: Any) -> bool:

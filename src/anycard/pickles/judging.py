@@ -58,6 +58,7 @@ _INERT_NAMES = {
     "omegaconf.listconfig": {"ListConfig"},
     "omegaconf.base": {"ContainerMetadata", "Metadata"},
     "omegaconf.nodes": {"AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode", "BytesNode", "PathNode"},
+    "torch.torch_version": {"TorchVersion"},
     "typing": {"Any", "Dict", "List", "Optional", "Union", "Tuple"},
     # joblib's arrays, whose elements the interpreter follows
     "joblib.numpy_pickle": {"NumpyArrayWrapper"},

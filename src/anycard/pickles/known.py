@@ -268,6 +268,7 @@ _TABLE: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.nn.parameter", "Buffer"): variable,
     ("torch.autograd.variable", "Variable"): variable,
     ("torch", "Size"): _size,
+    ("torch.torch_version", "TorchVersion"): partial(_number, str, 1),
 }
 _TABLE.update({("builtins", _name): _make_it for _name, _make_it in _BUILTINS.items()})
 for _module in ("numpy.core", "numpy._core"):

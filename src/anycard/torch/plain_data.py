@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,12 @@ from anycard.pickles.writer import COUNTER, GlobalRef, Reduced
 from anycard.torch.state import state_of
 from anycard.torch.storages import Storages
 
-_PLAIN = (bool, int, float, str, bytes, complex)
+_PLAIN = (bool, int, float, str, bytes, bytearray, complex)
+_VALUES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (str, str.__str__),
+    (int, int.__int__),
+    (float, float.__float__),
+)  # of an object of a subclass: its value, whatever the class makes of `str(it)`
 _DEEPEST = 200  # levels of containers; a dict that holds itself has no end
 
 
@@ -42,9 +47,9 @@ def plain_data(value: Any, storages: Storages, mark: dict[str, Any], name: str =
         return plain_data(state, storages, mark, name, depth)
     if isinstance(value, Mapping):
         return _mapping(value, storages, mark, name, depth)
-    if isinstance(value, (list, tuple, set)) and not isinstance(value, torch.Size):
+    if isinstance(value, (list, tuple, set, frozenset)) and not isinstance(value, torch.Size):
         items = [plain_data(v, storages, mark, join(name, i), depth + 1) for i, v in enumerate(value)]
-        return type(value)(items) if type(value) in (list, tuple, set) else tuple(items)
+        return items if isinstance(value, list) else tuple(items) if isinstance(value, tuple) else _set(items, name)
     return _small(value, storages, mark, name, depth)
 
 
@@ -61,6 +66,15 @@ def _mapping(value: Mapping[Any, Any], storages: Storages, mark: dict[str, Any],
     return held
 
 
+def _set(items: list[Any], name: str) -> set[Any]:
+    """A set, for a frozenset too: plain PyTorch's reader of weights knows no other."""
+    try:
+        return set(items)
+    except TypeError:
+        message = f"{name or 'the set'} is a set that holds sets or dicts, which plain PyTorch's reader does not take"
+        raise CheckpointError(message, name=name) from None
+
+
 def _key(key: Any, name: str) -> Any:
     """A key that the reader of plain weights takes."""
     if key is None or type(key) in _PLAIN:
@@ -71,6 +85,8 @@ def _key(key: Any, name: str) -> Any:
         return GlobalRef("torch", str(key).removeprefix("torch."))
     if type(key).__module__ == "numpy" and hasattr(key, "item") and type(key.item()) in _PLAIN:
         return key.item()
+    if (plain := _by_value(key)) is not None:
+        return plain
     kind = f"{type(key).__module__}.{type(key).__qualname__}"
     message = f"{name or 'the dict'} has the key {key!r:.80}, a {kind}: only text, numbers and tuples of them are saved"
     raise CheckpointError(message, name=name)
@@ -86,9 +102,16 @@ def _small(value: Any, storages: Storages, mark: dict[str, Any], name: str, dept
         return Reduced(GlobalRef("torch", "device"), args)
     if type(value).__module__ == "numpy":
         return _of_numpy(value, storages, name)
+    if (plain := _by_value(value)) is not None:
+        return plain
     if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
         return plain_data(value.state_dict(), storages, mark, name, depth)
     raise _refused(value, name)
+
+
+def _by_value(value: Any) -> Any:
+    """The text or number that an object of a subclass is (`torch.__version__`, an IntEnum's member), else None."""
+    return next((plain(value) for kind, plain in _VALUES if isinstance(value, kind)), None)
 
 
 def _of_numpy(value: Any, storages: Storages, name: str) -> Any:
