@@ -285,6 +285,10 @@ import torch, anycard
 from torch import nn
 Mode = enum.Enum("Mode", "A B C D E F", module="__main__")
 class Name(str): pass
+class Names(set): pass
+class FrozenNames(frozenset): pass
+class Plain:
+    def __init__(self, value): self.value = value
 @dataclasses.dataclass(frozen=True)
 class Key:
     name: str
@@ -302,6 +306,7 @@ model.sets = [
     {pathlib.PurePosixPath(x) for x in "abcdef"}, {(x, Mode[x]) for x in "ABCDEF"}, {Name(x) for x in "abcdef"},
     {(Name(x),) for x in "abcdef"}, {Key(x, frozenset(Mode)) for x in "abcdef"},
     {torch.device("cpu", i) for i in range(6)},
+    Names("abcdef"), FrozenNames("abcdef"), {Plain(x) for x in range(9)},
     frozenset(frozenset(x) for x in ("ab", "cd", "ef", "gh")), {print, len, int, str, nn.Linear, torch.relu},
     set(model.children_), {(c, "x") for c in model.children_}, set(model.parameters()),
 ]

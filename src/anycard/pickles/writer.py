@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from anycard.errors import CheckpointError
+from anycard.pickles.depth import deeply
 from anycard.tensors import DTYPES
 
 PROTOCOL = 2
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         def get(self, i: int) -> bytes: ...
         def put(self, idx: int) -> bytes: ...
         def memoize(self, obj: Any) -> None: ...
+        def save_reduce(self, func: Any, args: Any, *more: Any, obj: Any = None, **rest: Any) -> None: ...
 
 else:
     _Pickler = pickle._Pickler
@@ -131,6 +133,12 @@ class TorchPickler(_Pickler):
             return False
         return True
 
+    def save_reduce(self, func: Any, args: Any, *more: Any, obj: Any = None, **rest: Any) -> None:
+        """Write what an object's `__reduce__` gave: of a set's subclass, its elements in order."""
+        if isinstance(obj, (set, frozenset)) and type(obj).__reduce__ in _OF_SETS and len(args) == 1:
+            args = (self.in_order(args[0]),)
+        super().save_reduce(func, args, *more, obj=obj, **rest)
+
     def reduce(self, function: GlobalRef, args: tuple[Any, ...], obj: Any = None) -> None:
         """Write a call of `function` by name; `obj`, if given, is remembered as its result."""
         self.save(function)
@@ -171,6 +179,11 @@ class TorchPickler(_Pickler):
         place = told if isinstance(told, str) else ""
         return f"{_path_of(type(item))} {place if known is None else format(known[0], '012')}"
 
+    def is_new(self, item: Any) -> bool:
+        """An object that was not met before and that has a state to tell it by."""
+        named = isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType, *self.identities))
+        return not (named or id(item) in self.memo or isinstance(item.__reduce_ex__(PROTOCOL), str))
+
     def stands_for(self, obj: Any) -> Any:
         """What is written in an object's place."""
         return obj
@@ -187,7 +200,7 @@ class TorchPickler(_Pickler):
         row = DTYPES[ref.dtype]
         self._again(_REBUILD if row.storage else _REBUILD_UNTYPED)
         self.write(pickle.MARK)
-        self._storage(ref)
+        self.storage(ref)
         self.save(ref.storage_offset)
         self._again(ref.shape)
         self._again(ref.stride)
@@ -222,7 +235,8 @@ class TorchPickler(_Pickler):
             memo[id(obj)] = index, obj
         return True
 
-    def _storage(self, ref: TensorRef) -> None:
+    def storage(self, ref: TensorRef) -> None:
+        """Write a tensor's storage alone."""
         row = DTYPES[ref.dtype]
         spec = (ref.storage_key, ref.dtype, ref.device, ref.storage_numel)
         known = self._storages.get(spec)
@@ -251,7 +265,10 @@ class TorchPickler(_Pickler):
 
 
 class _SortKey(TorchPickler):
-    """The pickle of a set's element, to sort it by: a value by what it holds, all else by its name or place."""
+    """The pickle of a set's element, to sort it by: a value by what it holds, all else by its name or place.
+
+    An element that has neither goes by its state, in which the like of it goes by its class.
+    """
 
     def __init__(self, outer: TorchPickler, item: Any) -> None:
         self._file = io.BytesIO()
@@ -266,10 +283,15 @@ class _SortKey(TorchPickler):
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         text = self.identity(obj)
+        if obj is self._item and text is not None and not isinstance(self._outer, _SortKey) and self._outer.is_new(obj):
+            text = None
         super().save(obj if text is None else text, save_persistent_id)
 
     def identity(self, item: Any) -> str | None:
         return self._outer.identity(item)
+
+
+_OF_SETS = (set.__reduce__, frozenset.__reduce__)  # a class and a list of the elements
 
 
 def _path_of(kind: type) -> str:
@@ -317,6 +339,10 @@ def _element_key(obj: Any) -> Any:
 
 def dump(obj: Any) -> bytes:
     """The pickle of plain data and references; an object's identity matters, an equal text's does not."""
-    file = io.BytesIO()
-    TorchPickler(file).dump(obj)
-    return file.getvalue()
+
+    def made() -> bytes:
+        file = io.BytesIO()
+        TorchPickler(file).dump(obj)
+        return file.getvalue()
+
+    return deeply(made)

@@ -40,7 +40,7 @@ class Storages:
         refuse_kinds(tensor, name)
         parameter = isinstance(tensor, nn.Parameter)
         where = identity(tensor)
-        place = _place_of(tensor)
+        place = self._place_of(tensor)
         if place not in self._known:
             grad = bool(tensor.requires_grad and (parameter or self.learned))
             self._known[place] = self._made(tensor, where, parameter, grad)
@@ -50,9 +50,13 @@ class Storages:
     def known(self, tensor: torch.Tensor) -> TensorRef | None:
         """The reference that was made for a tensor, if one was."""
         try:
-            return self._known.get(_place_of(tensor))
+            return self._known.get(self._place_of(tensor))
         except (RuntimeError, NotImplementedError):  # of a kind that is not written
             return None
+
+    def _place_of(self, tensor: torch.Tensor) -> tuple[Any, ...]:
+        """Equal for tensors that one reference is written for: the same parameter or view."""
+        return (*identity(tensor), isinstance(tensor, nn.Parameter), tensor.requires_grad)
 
     def _made(self, tensor: torch.Tensor, where: tuple[Any, ...], parameter: bool, grad: bool) -> TensorRef:
         bare = (*where, None, None)
@@ -113,6 +117,10 @@ class SharedStorages(Storages):
         self._spans.setdefault(_memory_of(tensor), _Span(start, end, storage)).widen(start, end, storage)
         self._alive.append(tensor)
 
+    def _place_of(self, tensor: torch.Tensor) -> tuple[Any, ...]:
+        """Two objects on one memory stay two: an optimizer counts them so."""
+        return ("object", id(tensor))
+
     def _made(self, tensor: torch.Tensor, where: tuple[Any, ...], parameter: bool, grad: bool) -> TensorRef:
         span = self._spans.get(_memory_of(tensor)) if _shares(tensor) else None
         if span is None:
@@ -140,6 +148,13 @@ def _bytes_of(storage: torch.UntypedStorage, start: int, nbytes: int) -> torch.T
     """A stretch of a storage, byte by byte."""
     held = torch.empty(0, dtype=torch.uint8, device=storage.device)
     return held.set_(storage, start, (nbytes,))  # type: ignore[call-overload, no-any-return]
+
+
+def all_of(storage: torch.TypedStorage) -> torch.Tensor:
+    """All elements of a storage."""
+    held: torch.UntypedStorage = storage._untyped_storage  # what else it has warns that it will go
+    tensor = torch.empty(0, dtype=storage.dtype, device=held.device)
+    return tensor.set_(held, 0, (held.nbytes() // tensor.element_size(),))  # type: ignore[call-overload, no-any-return]
 
 
 def refuse_kinds(tensor: torch.Tensor, name: str) -> None:
@@ -179,11 +194,6 @@ def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
         place, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype,
         tensor.device, tensor.is_conj(), tensor.is_neg(),
     )  # fmt: skip
-
-
-def _place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that one reference is written for."""
-    return (*identity(tensor), isinstance(tensor, nn.Parameter), tensor.requires_grad)
 
 
 def _keeps_strides(tensor: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import nn
 from anycard.disk.pieces import Piece
 from anycard.errors import CheckpointError
 from anycard.names.paths import join
+from anycard.pickles.depth import deeply
 from anycard.pickles.writer import PROTOCOL, TensorRef, TorchPickler
 from anycard.torch.dtypes import PLAIN
 from anycard.torch.modules import live_wrapper, unwrapped, walk
-from anycard.torch.storages import SharedStorages, Storages, refuse_kinds
+from anycard.torch.storages import SharedStorages, Storages, all_of, refuse_kinds
 from anycard.warning import warn
 
+_COMPILED = "_is_torch_compile"
 _OF_BUFFERS = {"persistent", "_is_buffer"}  # what nn.Buffer puts there; the module knows it too
 
 
@@ -39,11 +42,23 @@ class _ModelPickler(TorchPickler):
             obj = self.storages.ref(obj, type(obj).__name__)
         elif isinstance(obj, nn.Module):
             _refuse_more(obj, "")
+        elif isinstance(obj, torch.UntypedStorage):
+            raise CheckpointError("an UntypedStorage, which torch loads as another class: keep a tensor of it")
+        elif isinstance(obj, torch.TypedStorage):
+            self.storage(self.storages.ref(all_of(obj), "a storage"))
+            return
         elif isinstance(obj, torch.device) and obj.type != "cpu":
             self.devices.append(str(obj))
         elif isinstance(obj, torch.UntypedStorage):
             raise CheckpointError("an UntypedStorage, which torch cannot load again: keep a tensor of it")
         super().save(self.stands_for(obj), save_persistent_id)
+
+    def save_reduce(self, func: Any, args: Any, *more: Any, obj: Any = None, **rest: Any) -> None:
+        """A module's state without what `torch.compile` leaves in the one that it wraps."""
+        state = more[0] if more else None
+        if isinstance(obj, nn.Module) and isinstance(state, dict) and _COMPILED in state:
+            more = ({name: value for name, value in state.items() if name != _COMPILED}, *more[1:])
+        super().save_reduce(func, args, *more, obj=obj, **rest)
 
     def stands_for(self, obj: Any) -> Any:
         """A module for what wraps it; a known tensor's reference."""
@@ -60,14 +75,21 @@ def pickle_whole(model: nn.Module) -> tuple[bytes, list[Piece], dict[str, Any]]:
     """
     for path, _, module in walk(model):
         _refuse_more(module, path)
-    storages = SharedStorages()
-    _dumped(model, _Noting(storages))  # which parts of which storages are in use is known only at the end
-    data, pickler = _dumped(model, storages)
+    try:
+        data, pickler = deeply(partial(_pickled, model))
+    except RecursionError as error:
+        raise _named(error, model) from error
     if pickler.devices:
         warn(f"the model keeps {', '.join(sorted(set(pickler.devices)))} as an attribute; it stays in the file")
     if pickler.lost:
         warn(f"what tensors carry is not in the file: {', '.join(sorted(set(pickler.lost)))}")
-    return data, storages.pieces, {"anycard": 1, "whole": True, **_versions(model)}
+    return data, pickler.storages.pieces, {"anycard": 1, "whole": True, **_versions(model)}
+
+
+def _pickled(model: nn.Module) -> tuple[bytes, _ModelPickler]:
+    storages = SharedStorages()
+    _dumped(model, _Noting(storages))  # which parts of which storages are in use is known only at the end
+    return _dumped(model, storages)
 
 
 def _versions(model: nn.Module) -> dict[str, Any]:
@@ -97,7 +119,7 @@ def _dumped(model: nn.Module, storages: Storages) -> tuple[bytes, _ModelPickler]
     pickler = _ModelPickler(out, storages)
     try:
         pickler.dump(unwrapped(model))
-    except MemoryError:
+    except (MemoryError, RecursionError):
         raise
     except Exception as error:  # whatever an object's own `__reduce__` raises
         raise _named(error, model) from error
@@ -106,7 +128,7 @@ def _dumped(model: nn.Module, storages: Storages) -> tuple[bytes, _ModelPickler]
 
 def _named(error: Exception, model: nn.Module) -> CheckpointError:
     """What went wrong, with the path of the first thing that cannot be pickled by itself."""
-    for path, module in unwrapped(model).named_modules():
+    for path, _, module in walk(unwrapped(model)):
         try:
             for name, value in {**module._parameters, **module._buffers, **vars(module)}.items():
                 where = join(path, name)
@@ -131,6 +153,8 @@ def _refusal(where: str, error: Exception) -> CheckpointError:
     if isinstance(error, CheckpointError):
         text = str(error.args[0])
         return CheckpointError(text if text.startswith(where) else f"{where}: {text}", name=where)
+    if isinstance(error, RecursionError):
+        return CheckpointError(f"{where} is nested too deep to be pickled", name=where)
     return CheckpointError(f"{where} cannot be pickled: {type(error).__name__}: {error}", name=where)
 
 
