@@ -285,3 +285,19 @@ def test_a_load_waits_for_what_was_asked_of_the_card_before(tmp_path):
             model.weight.copy_(other @ other)
         anycard.load(tmp_path / "a.pth", model)
     assert_same(on_cpu(model), weights(source))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_save_waits_for_what_was_asked_of_the_card_before(tmp_path, whole):
+    """What the caller's stream is still to write is in the file, whichever thread brings it there."""
+    model = nn.Sequential(*(nn.Linear(2000, 2000) for _ in range(6))).cuda()
+    other = torch.rand(2000, 2000, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(50):
+            for layer in model:
+                layer.weight.copy_(other @ other)
+        for layer in model:
+            layer.weight.fill_(3.0)
+        anycard.save(model, tmp_path / "a.pth", whole=whole)
+    assert_same(anycard.read(tmp_path / "a.pth"), on_cpu(model))
