@@ -49,8 +49,6 @@ class _ModelPickler(TorchPickler):
             return
         elif isinstance(obj, torch.device) and obj.type != "cpu":
             self.devices.append(str(obj))
-        elif isinstance(obj, torch.UntypedStorage):
-            raise CheckpointError("an UntypedStorage, which torch cannot load again: keep a tensor of it")
         super().save(self.stands_for(obj), save_persistent_id)
 
     def save_reduce(self, func: Any, args: Any, *more: Any, obj: Any = None, **rest: Any) -> None:
