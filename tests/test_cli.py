@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,23 @@ def test_show_tree_prints_a_module_as_print_does(folder: Path) -> None:
     assert lines[-1] == ")"
 
 
+def test_show_tree_of_a_key(folder: Path) -> None:
+    """The part that the key names, also one within a whole model; a wrong key is refused with the choices."""
+    part = run("show", "--tree", "--key", "1", folder / "whole.pt").output
+    assert part.startswith("BatchNorm2d(num_features=4")
+    lines = run("show", "--tree", "--key", "state_dict", folder / "train.ckpt").output.splitlines()
+    assert len(lines) == 10 and lines[1] == "  0.weight: float32 4 x 3 x 3 x 3"
+    refused = run("show", "--tree", "--key", "nothing", folder / "train.ckpt").exception
+    assert isinstance(refused, anycard.CheckpointError) and "it holds 'state_dict'" in str(refused)
+
+
 def test_json_is_data(folder: Path) -> None:
     """Every verb that reads gives JSON with the facts, unrounded."""
     shown: dict[str, Any] = json.loads(run("show", "--json", folder / "a.pth").output)
     assert shown["format"] == "torch zip"
     assert shown["tensors"]["0.weight"] == {
         "dtype": "float32", "shape": [4, 3, 3, 3], "device": "cpu", "nbytes": 432,
-        "offset": shown["tensors"]["0.weight"]["offset"],
+        "offset": shown["tensors"]["0.weight"]["offset"], "file": str(folder / "a.pth"),
     }  # fmt: skip
     checked = json.loads(run("check", "--json", folder / "a.pth", "torch.nn:Identity").output)
     assert not checked["fits"]
@@ -240,13 +251,64 @@ def test_what_json_lacks_is_text(tmp_path: Path) -> None:
     assert shown["objects"] == {"best": "nan", "worst": "-inf"}
 
 
-@pytest.mark.parametrize("body", ["raise KeyError('config')", "return 1 / 0", "return 3"])
+@pytest.mark.parametrize("body", ["raise KeyError('config')", "return 1 / 0", "return 3", "raise SystemExit(0)"])
 def test_a_factory_that_fails_is_bad_usage_not_a_mismatch(folder: Path, body: str) -> None:
     """What the model's own code raises is one line and exit 2; 1 would say that the file does not fit."""
     (folder / "mine.py").write_text(f"def broken():\n    {body}\n")
     out = shell(f"cd {folder} && anycard check a.pth mine:broken")
     assert out.returncode == 2
     assert b"Traceback" not in out.stderr
+
+
+def test_what_a_models_module_does_is_no_part_of_the_answer(folder: Path) -> None:
+    """It may end the program, print, and raise what would paint the terminal."""
+    (folder / "ends.py").write_text("import sys\nsys.exit(1)\n")
+    (folder / "prints.py").write_text(
+        "from torch import nn\nprint('import')\ndef red(): raise ValueError('\\x1b]0;red')\n"
+        "def make():\n    print('call')\n    return nn.Identity()\n"
+    )
+    ends = shell(f"cd {folder} && anycard check a.pth ends:make")
+    assert (ends.returncode, b"ends:make: SystemExit: 1" in ends.stderr) == (2, True)
+    red = shell(f"cd {folder} && anycard check a.pth prints:red")
+    assert (red.returncode, b"\x1b" in red.stderr, b"\\x1b]0;red" in red.stderr) == (2, False, True)
+    odd = shell(f"cd {folder} && anycard check a.pth $'a\\x1bb:c'")
+    assert (odd.returncode, b"\x1b" in odd.stderr) == (2, False)
+    answer = shell(f"cd {folder} && anycard check --json a.pth prints:make")
+    assert json.loads(answer.stdout)["fits"] is False
+    assert answer.stderr.split() == [b"import", b"call"]
+
+
+def test_an_interrupt_is_no_answer(folder: Path) -> None:
+    """130, as shells have it, and a line."""
+    (folder / "slow.py").write_text(
+        "import os, signal\ndef make():\n    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    out = shell(f"cd {folder} && anycard check a.pth slow:make")
+    assert (out.returncode, out.stdout, out.stderr.strip()) == (130, b"", b"anycard: interrupted")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_a_stream_that_is_not_there_changes_no_status(folder: Path, closed: str) -> None:
+    """As cron and some supervisors start programs."""
+    for verb, status in (("verify a.pth", 0), ("verify none.pth", 2), ("verify", 2), ("diff a.pth train.ckpt", 1)):
+        assert shell(f"cd {folder} && anycard {verb} {closed}").returncode == status, verb
+
+
+def test_errors_are_spelt_as_options(folder: Path) -> None:
+    """No Python on the command line, in errors and in warnings."""
+    torch.save({name: nn.Linear(2, 2).state_dict() for name in ("model", "ema")}, folder / "two.pt")
+    (folder / "mine.py").write_text("from torch import nn\ndef make(): return nn.Linear(2, 2)\n")
+    with zipfile.ZipFile(folder / "both.zip", "w") as archive:
+        archive.write(folder / "a.pth", "a.pth")
+        archive.write(folder / "two.pt", "two.pt")
+    for line in ("fingerprint two.pt", "check two.pt mine:make", "convert two.pt a.safetensors"):
+        said = shell(f"cd {folder} && anycard {line}").stderr
+        assert b"--key 'model'" in said and b"key=" not in said, line
+    said = shell(f"cd {folder} && anycard show both.zip").stderr
+    assert b"Pick one with --member, for example --member 'a.pth'" in said and b"member=" not in said
+    said = shell(f"cd {folder} && anycard show --member x a.pth").stderr
+    assert b"--member picks nothing" in said
 
 
 def test_rot_does_not_become_valid(folder: Path) -> None:

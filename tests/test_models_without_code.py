@@ -246,3 +246,13 @@ def test_a_module_of_the_first_torches(new: bool) -> None:
     file.seek(0)
     loaded = weights(anycard.load(file, lambda: nn.BatchNorm1d(3)))
     assert_same({name: loaded[name] for name in want}, want)
+
+
+def test_a_part_of_a_whole_model_is_rebuilt(tmp_path: Path) -> None:
+    """The key of a module within it gives that module alone, under any wrapper; what is no module is refused."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 3)))
+    torch.save(nn.DataParallel(model), tmp_path / "a.pt")
+    part = anycard.load(tmp_path / "a.pt", key="1")
+    assert isinstance(part, nn.Sequential) and torch.equal(part[0].weight, model[1][0].weight)
+    with pytest.raises(anycard.ChoiceError, match="nothing"):
+        anycard.load(tmp_path / "a.pt", key="nothing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,16 @@ def factory(spec: str) -> Any:
         raise click.UsageError(f"{spec!r}: MODEL is package.module:factory")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        made = getattr(importlib.import_module(module), name)
-    except Exception as error:  # noqa: BLE001 - the module's own code may raise anything
+        with redirect_stdout(sys.stderr):  # what the module's own code prints is no part of the answer
+            made = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - it may raise anything
         raise click.UsageError(f"{spec}: {type(error).__name__}: {error}") from None
     return lambda: _called(made, spec)
 
 
 def _called(made: Any, spec: str) -> Any:
     try:
-        return made()
-    except Exception as error:  # noqa: BLE001 - so may the factory
+        with redirect_stdout(sys.stderr):
+            return made()
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - so may the factory
         raise click.UsageError(f"{spec}() raised {type(error).__name__}: {error}") from None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
 import re
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -35,9 +37,16 @@ def cli() -> None:
 
 def run() -> None:
     """The console script: exit 0 fine, 1 the answer is no, 2 cannot be read or bad usage."""
-    prepare_streams()
+    status: object = None
     try:
-        cli()
+        prepare_streams()
+        warnings.showwarning = _warn
+        status = cli(standalone_mode=False)
+    except click.ClickException as error:
+        refuse(error)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("anycard: interrupted", err=True)
+        sys.exit(130)  # as a shell calls what Ctrl-C ended
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
@@ -46,12 +55,40 @@ def run() -> None:
         fail(f"{error.filename}: there is no such file")
     except (CheckpointError, OSError, ValueError, TypeError) as error:
         fail(error)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def refuse(error: click.ClickException) -> None:
+    """Say how the command line is to be used, and exit with 2; what MODEL's code raised is part of some messages."""
+    from anycard.cli.output import clean
+
+    text = io.StringIO()
+    error.show(text)
+    click.echo(clean(text.getvalue()), err=True, nl=False)
+    sys.exit(2)
 
 
 def fail(error: Any) -> None:
     """Say what went wrong, and exit with 2."""
     from anycard.cli.output import clean
 
-    text = re.sub(r"\b(key|member)=('[^']*'|\"[^\"]*\")", r"--\1 \2", str(error))  # as the command line spells it
-    click.echo(f"anycard: {clean(text)}", err=True)
+    click.echo(f"anycard: {clean(_as_options(str(error)))}", err=True)
     sys.exit(2)
+
+
+def _as_options(text: str) -> str:
+    """What Python calls `key='x'` or `key=` is spelt as the command line spells it."""
+    return re.sub(r"\b(key|member)=(?:('[^']*'|\"[^\"]*\")|(?=[\s,.;:)]|$))", _as_option, text)
+
+
+def _as_option(found: re.Match[str]) -> str:
+    return f"--{found[1]} {found[2]}" if found[2] else f"--{found[1]}"
+
+
+def _warn(
+    message: Warning | str, category: object, filename: str, lineno: int, file: object = None, line: object = None
+) -> None:
+    """A warning is a line like an error: where in the program it arose says nothing here."""
+    from anycard.cli.output import clean
+
+    click.echo(f"anycard: {clean(_as_options(str(message)))}", err=True)

@@ -28,7 +28,7 @@ def command(file: str, tree: bool, names: bool, key: str | None, member: str | N
         elif names:
             _names(ckpt, key)
         elif tree:
-            _tree(ckpt)
+            _tree(ckpt, key)
         else:
             _summary(ckpt, ckpt.tensors if key is None else ckpt.weights(key))
 
@@ -36,7 +36,14 @@ def command(file: str, tree: bool, names: bool, key: str | None, member: str | N
 def _described(ckpt: Checkpoint, key: str | None) -> dict[str, Any]:
     tensors = ckpt.tensors if key is None else ckpt.weights(key)
     rows = {
-        name: {"dtype": i.dtype, "shape": list(i.shape), "device": i.device, "nbytes": i.nbytes, "offset": i.offset}
+        name: {
+            "dtype": i.dtype,
+            "shape": list(i.shape),
+            "device": i.device,
+            "nbytes": i.nbytes,
+            "offset": i.offset,
+            "file": i.file,
+        }
         for name, i in tensors.items()
     }
     return {
@@ -51,10 +58,11 @@ def _names(ckpt: Checkpoint, key: str | None) -> None:
         click.echo(clean(name, line=True))
 
 
-def _tree(ckpt: Checkpoint) -> None:
+def _tree(ckpt: Checkpoint, key: str | None) -> None:
     from anycard.names.module_tree import tree_lines
 
-    for line in tree_lines(ckpt.tree):
+    found = None if key is None else ckpt.chosen(key)
+    for line in tree_lines(ckpt.tree if found is None else found.tensors if found.held is None else found.held):
         click.echo(clean(line, line=True))
 
 

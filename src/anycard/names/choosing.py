@@ -7,6 +7,7 @@ from functools import partial
 from typing import TypeVar
 
 from anycard.errors import ChoiceError, FormatError
+from anycard.names.pickled_modules import walk_modules
 from anycard.names.stored import Metadata, StateDict
 from anycard.names.wrappers import OWN_NAMES, SEGMENTS, outer_prefix, without_segments
 
@@ -68,8 +69,15 @@ def subtree(candidate: StateDict, key: str) -> StateDict | None:
                 inner = None if candidate.canonical is None else {n: without_segments(n) for n in tensors}
                 told = partial(_told, candidate, prefix, named)
                 extras = _below(candidate.extras, prefix, named)
-                return StateDict(full, tensors, inner, extras, candidate.wrappers, told=told)
+                held = None if inner is None else _module_at(candidate.held, prefix)
+                return StateDict(full, tensors, inner, extras, candidate.wrappers, told=told, held=held)
     return None
+
+
+def _module_at(model: object, path: str) -> object:
+    """A whole model's part, by its path as stored or as canonical."""
+    paths = ((".".join(parts), held.obj) for held in walk_modules(model) for parts in (held.stored, held.canonical))
+    return next((part for name, part in paths if name == path), None)
 
 
 def _canonical(outer: str, name: str) -> str:

@@ -62,6 +62,7 @@ class StateDict:
         shadow: Path of a `state_dict` attribute that hides a whole model's method.
         told: Gives `metadata`; called when that is asked for, which hardly anyone does.
         clash: A name that two of the tensors would have, or "".
+        held: What stands at the key: a dict, a whole model; None for names below a prefix.
     """
 
     key: str
@@ -73,6 +74,7 @@ class StateDict:
     shadow: str | None = None
     told: Callable[[], Metadata] = dict
     clash: str = ""
+    held: object = field(default=None, repr=False, compare=False)
 
     @cached_property
     def metadata(self) -> Metadata:
@@ -124,7 +126,7 @@ def _descend_mapping(obj: object, mapping: Mapping[Any, Any], key: str, found: F
     weights = holds_weights(mapping)
     held: dict[str, Any] = dict(entries(mapping))
     if weights and set(map(type, held.values())) == {TensorInfo}:
-        found.dicts.append(StateDict(key, held, told=partial(_metadata, obj)))
+        found.dicts.append(StateDict(key, held, told=partial(_metadata, obj), held=obj))
         return
     direct = sum(isinstance(value, TensorInfo) and (weights or not value.is_array) for value in held.values())
     inner = {name: value for name, value in held.items() if _may_hold(name, value) and contents(value).tensors}
@@ -175,7 +177,7 @@ def _from_mapping(obj: object, key: str) -> StateDict:
     for name in extras:
         tensors = {n: t for n, t in tensors.items() if not n.startswith(name + ".")}
     clash = next(iter(walked.clashes), "")
-    return StateDict(key, tensors, extras=extras, told=partial(_metadata, obj), clash=clash)
+    return StateDict(key, tensors, extras=extras, told=partial(_metadata, obj), clash=clash, held=obj)
 
 
 def _metadata(obj: object) -> Metadata:
@@ -212,7 +214,7 @@ def _from_module(obj: object, key: str) -> StateDict:
             if module.row is not None and name in module.row.own:
                 own.add(stored)
     shadow = _shadow(obj, key)
-    return StateDict(key, tensors, canonical, wrappers=tuple(wrappers), own=frozenset(own), shadow=shadow)
+    return StateDict(key, tensors, canonical, wrappers=tuple(wrappers), own=frozenset(own), shadow=shadow, held=obj)
 
 
 def _shadow(obj: object, key: str) -> str | None:

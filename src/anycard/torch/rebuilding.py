@@ -46,7 +46,9 @@ def rebuild_model(
         reason = f"{ckpt.path} is a {ckpt.format} archive, whose code is not run: give a model to load into, or read it"
         raise ChoiceError(f"{reason} by anycard.read", path=ckpt.path)
     found = pick([c for c in ckpt.state_dicts if c.canonical is not None], key, ckpt.path)
-    root = _at(ckpt.tree, found.key)
+    root = found.held
+    if root is None:
+        raise ChoiceError(f"{ckpt.path}: {key!r} is a part of a whole model, but no module", path=ckpt.path)
     builder = _Builder(allow, ckpt.path)
     builder.look(root)
     builder.refuse()
@@ -76,17 +78,6 @@ def _tell(lacks: Iterable[Lack], path: str) -> None:
     if computed:
         warn(f"{path}: the rebuilt model lacks {', '.join(computed)}, which its classes set today; where it needs "
              "them, build the model yourself and load the weights into it")  # fmt: skip
-
-
-def _at(tree: Any, key: str) -> Any:
-    while key:
-        for name, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            if key == str(name) or key.startswith(f"{name}."):
-                tree, key = value, key[len(str(name)) + 1 :]
-                break
-        else:
-            raise FormatError(f"no object at {key!r}")
-    return tree
 
 
 def _inner(obj: Any) -> Any:
