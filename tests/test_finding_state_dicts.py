@@ -312,6 +312,14 @@ def test_two_weights_of_one_name_are_refused_when_they_are_asked_for(tmp_path):
         anycard.read(tmp_path / "a.pt")
 
 
+def test_two_values_of_one_path_are_both_listed(tmp_path):
+    """Beside the weights too, names with dots meet dicts in dicts: the second has a number added."""
+    tree = {"cfg": {"a.b": 1, "a": {"b": 2, "c": [3]}, "a.c.0": 4}, "w": torch.ones(1)}
+    torch.save(tree, tmp_path / "a.pt")
+    with anycard.open(tmp_path / "a.pt") as ckpt:
+        assert ckpt.objects == {"cfg.a.b": 1, "cfg.a.b#2": 2, "cfg.a.c.0": 3, "cfg.a.c.0#2": 4}
+
+
 def test_a_vocabulary_held_from_many_places(tmp_path):
     """What Lightning keeps of its arguments holds it again and again: the weights are read, and it is listed."""
     model = filled(Small(), 1)

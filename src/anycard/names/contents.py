@@ -30,12 +30,14 @@ class Contents:
         above: Full path of a stub -> `id` of everything that holds it, so that links back are told.
         clashes: Paths that several tensors would have (names with dots beside dicts in dicts), and how many: all
             but the first have a number added.
+        numbers: The same of objects.
     """
 
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     objects: dict[str, object] = field(default_factory=dict)
     above: dict[str, tuple[int, ...]] = field(default_factory=dict)
     clashes: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
 
 
 def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
@@ -56,12 +58,12 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
             continue
         if count.is_listed_once(obj):
             if id(obj) not in above:
-                found.objects[path] = _AGAIN
+                _keep_object(found, path, _AGAIN)
             continue
         children = _children(obj)
         if not children:
             if not (isinstance(obj, Inert) and module_state(obj) is not None):
-                found.objects[path] = obj
+                _keep_object(found, path, obj)
             continue
         if id(obj) in above:
             continue
@@ -70,12 +72,10 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
         repeated = count.again(obj, len(children)) or repeated
         inside = (*above, id(obj))
         if isinstance(obj, Inert) and not is_module(obj):
-            found.objects[path] = obj
-            found.above[path] = above
+            found.above[_keep_object(found, path, obj)] = above
         elif isinstance(obj, Inert) and not repeated:
             for name, value in _settings(obj):
-                found.objects[below := count.path(join(path, name))] = value
-                found.above[below] = inside
+                found.above[_keep_object(found, count.path(join(path, name)), value)] = inside
         arrays = holds_weights(mapping_of(obj))
         if {type(child) for _, child in children} == {TensorInfo} and (arrays or not isinstance(obj, Mapping)):
             count.one(repeated, len(children))
@@ -94,7 +94,7 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
                 continue
             below = count.path(join(path, name))
             if isinstance(child, TensorInfo) and child.is_array and not arrays:
-                found.objects[below] = child
+                _keep_object(found, below, child)
             else:
                 stack.append((below, child, inside, repeated))
     return found
@@ -117,6 +117,18 @@ def _keep(found: Contents, path: str, info: TensorInfo) -> None:
             count += 1
         found.clashes[path] = count
         found.tensors[f"{path}#{count}"] = info
+
+
+def _keep_object(found: Contents, path: str, obj: object) -> str:
+    """Gives the path that it is kept by: with a number added, where another object has its own."""
+    if found.objects.setdefault(path, obj) is obj:
+        return path
+    count = found.numbers.get(path, 1) + 1
+    while f"{path}#{count}" in found.objects:
+        count += 1
+    found.numbers[path] = count
+    found.objects[f"{path}#{count}"] = obj
+    return f"{path}#{count}"
 
 
 class _Count:
