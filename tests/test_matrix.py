@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import textwrap
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from anycard.cli.matrix import command
 from anycard.matrix import bits, rows, run_matrix, tables
@@ -222,6 +224,25 @@ def test_lines_and_picture_are_safe_and_the_picture_has_no_times() -> None:
     assert "s of loading" in lines[-3]
     assert "s of loading" not in svg.replace("&#160;", " ")
     assert svg == tables.as_svg(made_up(Outcome(NOTHING, NOTHING)))
+
+
+def test_the_table_fits_the_terminal_and_cuts_no_word() -> None:
+    """From 80 columns on, with all that is not exact in footnotes where the room is scarce; below, plain lines."""
+    cells = [
+        Cell(row, column, loader, Outcome(EXACT, EXACT) if loader == OURS else failed(KeyError(row.label)))
+        for row in rows.all_rows() for column in rows.COLUMNS for loader in (PLAIN, OURS)
+    ]  # fmt: skip
+    report = MatrixReport("pkg:make", 3, 1000, tuple(cells), tuple((cell.row, 0.1) for cell in cells[::4]), 9.0)
+    for width in (80, 100, 120):
+        console = Console(width=width, file=io.StringIO())
+        table = tables.fitting(report, width)
+        assert table is not None
+        console.print(table)
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "…" not in shown and all(line.rstrip() == line[:width].rstrip() for line in shown.splitlines())
+        assert ("KeyError [1]" in shown) == (width > 80)
+        assert f"[1] {failed(KeyError(cells[0].row.label)).verdict}" in " ".join(shown.split())
+    assert tables.fitting(report, 60) is None
 
 
 def test_the_slowest_and_the_worst_rank_speak_for_all() -> None:

@@ -48,14 +48,23 @@ def _show(report: MatrixReport, as_json: bool) -> None:
 
     if as_json:
         click.echo(json.dumps(tables.as_data(report), indent=2))
-    elif on_terminal(sys.stdout):
-        from rich.console import Console
-
-        Console(highlight=False).print(tables.render(report))
-    else:
+    elif not (on_terminal(sys.stdout) and _show_table(report)):
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         for line in tables.plain_lines(report):
             click.echo(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _show_table(report: MatrixReport) -> bool:
+    """False where the terminal is too narrow for it."""
+    from rich.console import Console
+
+    from anycard.matrix import tables
+
+    console = Console(highlight=False)
+    table = tables.fitting(report, console.width)
+    if table is not None:
+        console.print(table)
+    return table is not None
 
 
 def _write_svg(report: MatrixReport, path: str) -> None:

@@ -57,10 +57,23 @@ def _by_row(cells: Iterable[Cell]) -> list[tuple[Row, tuple[Outcome, ...]]]:
     return rows
 
 
-def render(report: MatrixReport, *, times: bool = True) -> Group:
-    """The table, its footnotes and the counts; without `times` the same run gives the same picture."""
+def fitting(report: MatrixReport, width: int) -> Group | None:
+    """The table in words that a terminal of this width need not cut; None where it would cut the shortest."""
+    for narrow in (False, True):
+        table = _table(grouped(report), {}, narrow)
+        if Console(width=1000).measure(table).maximum <= width:
+            return render(report, narrow=narrow)
+    return None
+
+
+def render(report: MatrixReport, *, times: bool = True, narrow: bool = False) -> Group:
+    """The table, its footnotes and the counts; without `times` the same run gives the same picture.
+
+    Args:
+        narrow: All that is not exact stands in the footnotes.
+    """
     notes: dict[str, int] = {}
-    table = _table(grouped(report), notes)
+    table = _table(grouped(report), notes, narrow)
     footnotes = [Text(f"[{number}] {printable(verdict)}") for verdict, number in notes.items()]
     legend = [Text(f"{what:<26}{recipe}", style="dim") for recipe, what in _legend(report).items()]
     legend.append(Text(_SEVERAL, style="dim"))
@@ -88,16 +101,18 @@ def _size(report: MatrixReport) -> str:
     return f"{report.tensors:,} tensors, {report.nbytes / 1e6:,.1f} MB"
 
 
-def _table(lines: list[Line], notes: dict[str, int]) -> Table:
-    table = Table(box=HORIZONTALS, collapse_padding=True, pad_edge=False)
-    for title in ("\nsaved from", "\nwhat", "\nwritten by", "\nsuffix"):
-        table.add_column(title, max_width=14)
+def _table(lines: list[Line], notes: dict[str, int], narrow: bool) -> Table:
+    padding = 0 if narrow else (0, 1)
+    table = Table(box=HORIZONTALS, collapse_padding=True, pad_edge=False, show_edge=not narrow, padding=padding)
+    for title, width in (("saved from", 12), ("what", 14), ("written by", 14), ("suffix", 14)):
+        table.add_column(f"\n{title}", max_width=width if narrow else 14)
     for column, loader in _SEATS:
-        table.add_column(f"on {column}:\n{loader}" if loader == PLAIN else f"\n{loader}", max_width=16)
+        over, title = (f"{column}:", loader.removesuffix(" PyTorch")) if narrow else (f"on {column}:", loader)
+        table.add_column(f"{over}\n{title}" if loader == PLAIN else f"\n{title}", max_width=16)
     for place, line in enumerate(lines):
         last = place + 1 == len(lines) or lines[place + 1].row.saved_from != line.row.saved_from
         first = place == 0 or lines[place - 1].row.saved_from != line.row.saved_from
-        cells = [_cell(outcome, notes) for outcome in line.outcomes]
+        cells = [_cell(outcome, notes, narrow) for outcome in line.outcomes]
         name = line.row.saved_from if first else ""
         table.add_row(name, line.row.what, line.row.writer, _suffixes(line), *cells, end_section=last)
     return table
@@ -110,11 +125,11 @@ def _suffixes(line: Line) -> str:
     return "\n".join(part for part in both if part)
 
 
-def _cell(outcome: Outcome, notes: dict[str, int]) -> Text:
+def _cell(outcome: Outcome, notes: dict[str, int], narrow: bool) -> Text:
     if outcome.exact:
         return Text(outcome.verdict, style="green")
-    words = printable(outcome.short)
-    if outcome.short != outcome.verdict:
+    words = "no" if narrow else printable(outcome.short)
+    if narrow or outcome.short != outcome.verdict:
         number = notes.setdefault(outcome.verdict, len(notes) + 1)
         words = f"{words} [{number}]"
     return Text(words, style="bold red" if outcome.verdict == NOTHING else "red")
