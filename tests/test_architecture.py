@@ -14,7 +14,7 @@ import pytest
 import anycard
 
 ROOT = Path(anycard.__file__).parent
-GROUND = ("errors", "tensors", "limits", "version", "warning", "progress", "collection", "arguments")
+GROUND = ("errors", "tensors", "limits", "version", "warning", "progress", "collection", "arguments", "needs_torch")
 # Lowest first; rooms on one floor do not know each other.
 FLOORS = (GROUND, ("disk",), ("containers", "pickles"), ("names",), ("formats", "plans"), ("checkpoint",),
           ("operations",), ("torch",), ("matrix",), ("cli",))  # fmt: skip

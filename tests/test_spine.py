@@ -256,12 +256,22 @@ def test_what_needs_torch_says_so(tmp_path):
         "from anycard.cli.main import run; sys.argv = ['anycard', 'check', sys.argv[1], 'os:getcwd']; run()",
         "import anycard\ntry: anycard.load\nexcept ModuleNotFoundError as error: sys.exit(str(error))",
         "from anycard import read",
+        "import anycard\ntry: anycard.open(sys.argv[1]).torch('fc.weight')\n"
+        "except ModuleNotFoundError as error: sys.exit(str(error))",
+        "from anycard.cli.main import run; sys.argv = ['anycard', 'matrix', 'os:getcwd']; run()",
     )
-    for way, code in zip(ways, (2, 1, 1), strict=True):
+    for way, code in zip(ways, (2, 1, 1, 1, 2), strict=True):
         command = [sys.executable, "-c", f"import sys; sys.modules['torch'] = None\n{way}", str(tmp_path / "a.pth")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode, "needs PyTorch" in done.stderr) == (code, True), done.stderr
         assert code == 1 or "Traceback" not in done.stderr
+
+
+def test_what_is_listed_is_there(tmp_path):
+    """Where torch is not installed the public names are those that can do without it."""
+    code = "import sys; sys.modules['torch'] = None\nimport anycard\nfrom anycard import *\nprint(*dir(anycard))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(anycard.__all__) - set(done.stdout.split()) == {"load", "plan", "read", "save"}
 
 
 def test_a_killed_save_leaves_the_old_file(tmp_path):

@@ -29,6 +29,28 @@ if TYPE_CHECKING:
     from anycard.torch.reading import read
     from anycard.torch.saving import save
 
+    __all__ = [
+        "Checkpoint",
+        "CheckpointError",
+        "ChoiceError",
+        "DeviceError",
+        "FormatError",
+        "LoadPlan",
+        "MismatchError",
+        "TensorInfo",
+        "UntrustedError",
+        "__version__",
+        "convert",
+        "diff",
+        "load",
+        "open",
+        "plan",
+        "read",
+        "save",
+        "scan",
+        "verify",
+    ]
+
 _HOMES = {
     "Checkpoint": ("anycard.checkpoint", "Checkpoint"),
     "CheckpointError": ("anycard.errors", "CheckpointError"),
@@ -49,31 +71,13 @@ _HOMES = {
     "scan": ("anycard.operations.scanning", "scan"),
     "verify": ("anycard.operations.verification", "verify"),
 }
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "ChoiceError",
-    "DeviceError",
-    "FormatError",
-    "LoadPlan",
-    "MismatchError",
-    "TensorInfo",
-    "UntrustedError",
-    "__version__",
-    "convert",
-    "diff",
-    "load",
-    "open",
-    "plan",
-    "read",
-    "save",
-    "scan",
-    "verify",
-]
 
 if not TYPE_CHECKING:
 
     def __getattr__(name):
+        if name == "__all__":
+            globals()[name] = _public()
+            return globals()[name]
         try:
             module, attribute = _HOMES[name]
         except KeyError:
@@ -83,12 +87,18 @@ if not TYPE_CHECKING:
         try:
             value = getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
-            if error.name != "torch":
-                raise
-            message = f"anycard.{name} needs PyTorch, which is not installed here: pip install torch"
-            raise ModuleNotFoundError(message, name="torch") from None
+            from anycard.needs_torch import explained
+
+            raise explained(error, f"anycard.{name}") from None
         globals()[name] = value
         return value
 
     def __dir__():
-        return sorted(__all__)
+        return __getattr__("__all__")
+
+    def _public():
+        """The names that are there: without PyTorch, those that can do without it."""
+        from anycard.needs_torch import torch_is_there
+
+        there = torch_is_there()
+        return sorted(["__version__", *(name for name in _HOMES if there or "torch" not in _HOMES[name][0])])

@@ -20,6 +20,7 @@ from anycard.names.choosing import canonical_names, pick
 from anycard.names.contents import Contents, contents
 from anycard.names.plain import Plain
 from anycard.names.stored import Found, StateDict, find_state_dicts
+from anycard.needs_torch import explained
 from anycard.progress import Progress
 from anycard.tensors import DTYPES, TensorInfo
 from anycard.warning import warn
@@ -178,8 +179,10 @@ class Checkpoint:
 
     def torch(self, name: str) -> Any:
         """One tensor as a `torch.Tensor` on the CPU, read now."""
-        from anycard.torch.reading import read_tensor
-
+        try:
+            from anycard.torch.reading import read_tensor
+        except ModuleNotFoundError as error:
+            raise explained(error, "Checkpoint.torch") from None
         return read_tensor(self._info(name), name, limits=self._limits)
 
     def _info(self, name: str) -> TensorInfo:

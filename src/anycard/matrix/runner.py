@@ -15,6 +15,7 @@ from anycard.matrix.commands import Load, Save, Wrap
 from anycard.matrix.pool import Team
 from anycard.matrix.results import OURS, PLAIN, Cell, Facts, MatrixReport, Outcome
 from anycard.matrix.rows import COLUMNS, REBUILD, WHOLE, Row
+from anycard.needs_torch import needs_torch, torch_is_there
 
 Progress = Callable[[int, int, str], None]  # rows done, rows in all, what runs now
 _PROCESSES = {"single": 1, "several": 2}
@@ -42,6 +43,8 @@ def run_matrix(spec: str, *, rows: Sequence[Row] | None = None, progress: Progre
     Uses a temporary folder (`TMPDIR`), one checkpoint at a time, and three worker processes.
     """
     _check_spec(spec)
+    if not torch_is_there():
+        raise needs_torch("the matrix")
     start = time.perf_counter()
     chosen, note = rows_.runnable(tuple(rows) if rows is not None else rows_.all_rows())
     with _teams(spec) as (scratch, teams, facts):
