@@ -94,6 +94,8 @@ class Source:
 class FileSource(Source):
     """A file by descriptor, read by `pread` (no shared position); one that is owned is closed when it is let go."""
 
+    _fd = -1  # where making one fails before it has any
+
     def __init__(self, name: str, fd: int, *, owned: bool, base: int = 0) -> None:
         self._fd = fd
         self._owned = owned
@@ -154,7 +156,7 @@ class FileSource(Source):
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
-        if self._owned and fd >= 0:
+        if fd >= 0 and self._owned:
             os.close(fd)
 
     def __del__(self) -> None:
