@@ -286,7 +286,7 @@ with quiet():
         "not initialised"),
         "wrapper": (Wrapper(torch.ones(2)), "without memory"), "storage": (BASE.untyped_storage(), "UntypedStorage"),
         "layout": (torch.strided, "layout"), "format": (torch.channels_last, "memory_format"),
-        "class": (nn.Linear, "type"), "frozen set": (frozenset(), "frozenset"), "enum": (Colour.RED, "Colour"),
+        "class": (nn.Linear, "type"), "sets": ({frozenset()}, "that holds sets"), "enum": (Colour.RED, "Colour"),
         "structured": (np.zeros(2, [("a", "i4")]), "torch lacks"), "texts": (np.array(["a"]), "torch lacks"),
         "long double": (np.longdouble(1), "longdouble"), "date": (np.datetime64("2020-01-01"), "datetime64"),
         "masked": (np.ma.array([1]), "MaskedArray"), "polynomial": (np.poly1d([1]), "poly1d"),
