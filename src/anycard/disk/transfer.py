@@ -22,6 +22,7 @@ from anycard.limits import DEFAULT, Limits
 _GAP = 4096  # bytes between two jobs that are read rather than skipped: the padding of a zip record
 _MOST_PIECES = MOST_ROWS // 2  # of one call: something may lie between any two
 _ALIGNED = 16  # the largest element
+_ROOM = _ALIGNED * _MOST_PIECES
 
 
 class Reads(NamedTuple):
@@ -85,7 +86,7 @@ def run_reads(
     def work(rows: slice) -> None:
         address = pieces.address[rows]
         if stage is not None:
-            address = pieces.staged(rows, stage.buffer(chunk + _ALIGNED * _MOST_PIECES))
+            address = pieces.staged(rows, stage.buffer(chunk + _ROOM))
         source.read_table(int(pieces.start[rows.start]), pieces.table(rows, address))
         if sums is not None:
             sums.take(pieces.come(rows, address))
@@ -101,8 +102,9 @@ def run_reads(
 
 
 def _staged_chunk(limits: Limits) -> int:
-    """Half a chunk: it is copied on while it is still near, and pinned memory comes in the next power of two."""
-    return max(_ALIGNED, limits.chunk_nbytes // 2 // _ALIGNED * _ALIGNED)
+    """What fits a buffer of a chunk, each piece aligned: pinned memory comes in powers of two."""
+    room = limits.chunk_nbytes - _ROOM if limits.chunk_nbytes > 2 * _ROOM else limits.chunk_nbytes
+    return max(_ALIGNED, room // _ALIGNED * _ALIGNED)
 
 
 class Pieces:
