@@ -82,7 +82,7 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
             count.holding(inside)
             count.below(path, children)
             held: dict[str, TensorInfo] = {join(path, n) if path else n: child for n, child in children}  # type: ignore[misc]
-            if len(held) == len(children) and held.keys().isdisjoint(found.tensors):
+            if len(held) == len(children) and found.tensors.keys().isdisjoint(held):
                 found.tensors.update(held)
                 continue
             for name, child in children:

@@ -35,6 +35,7 @@ class LoadPlan:
         notes: What else a reader should know, a line each.
         called: Modules that load themselves and are called for real.
         unfillable: Names on the meta device that the file does not hold, so that nothing gives them values.
+        objections: What modules of the model say against the file; a load is refused with strict=False, too.
     """
 
     path: str
@@ -53,13 +54,15 @@ class LoadPlan:
     notes: list[str] = field(default_factory=list)
     called: tuple[str, ...] = ()
     unfillable: tuple[str, ...] = ()
+    objections: tuple[str, ...] = ()
     total: int = 0
     nbytes: int = 0
 
     @property
     def fits(self) -> bool:
         """A strict load would go through (values of tied names aside)."""
-        return not (self.missing or self.unexpected or self.shapes or self.refused or self.layouts or self.unfillable)
+        names = self.missing or self.unexpected or self.shapes or self.refused or self.layouts or self.unfillable
+        return not (names or self.objections)
 
     def problems(self) -> list[str]:
         """A line for everything that does not fit."""
@@ -78,6 +81,7 @@ class LoadPlan:
             for name, layout in self.layouts.items()
         ]
         lines += [f"  no value    {name}: on the meta device and not in the file; {_META}" for name in self.unfillable]
+        lines += [f"  refused     {' '.join(text.split())}" for text in self.objections]
         return lines
 
     def _renames(self) -> list[str]:
@@ -107,6 +111,7 @@ class LoadPlan:
                 (self.missing, "missing"), (self.unexpected, "unexpected"),
                 (self.shapes, "of another shape"), (self.refused, "of another kind of dtype"),
                 (self.layouts, "not dense in the model"), (self.unfillable, "without a value"),
+                (self.objections, "refused by the model itself"),
             )
             if held
         ]  # fmt: skip

@@ -73,8 +73,9 @@ def _call(loader: OwnLoader, work: Work, strict: bool, check: bool) -> None:
     prefix = loader.live + "." if loader.live else ""
     missing: list[str] = []
     unexpected: list[str] = []
+    entered = overrides_entry(loader.module)
     try:
-        if overrides_entry(loader.module):
+        if entered:
             errors = _enter(loader, state, prefix, strict and not loader.spared, missing, unexpected)
         else:
             errors = run_own_loading(loader.module, prefix, state, loader.metadata, missing, unexpected, hooks=True)
@@ -83,7 +84,7 @@ def _call(loader: OwnLoader, work: Work, strict: bool, check: bool) -> None:
     spared = {target.name for target in loader.spared}
     missing = [n for n in missing if join(loader.name, n.removeprefix(prefix)) not in spared]
     odd = [f"missing {n}" for n in missing] + [f"unexpected {n}" for n in unexpected if not spared]
-    if errors or (odd and strict):
+    if errors or (odd and strict and not entered):  # an entry of its own raises where it wants to
         raise _refused(name, "; ".join(errors + odd), work)
     if odd:
         warn(f"{work.plan.path}: {name} loads itself, and went on without: {'; '.join(odd)}")

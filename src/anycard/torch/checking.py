@@ -32,7 +32,7 @@ def check(work: Work, options: Options) -> None:
     _refuse_sharded(work)
     problems = plan.problems()
     nothing = not work.fills and not plan.called and plan.total > 0
-    if (problems and options.strict) or nothing:
+    if (problems and options.strict) or nothing or plan.objections:
         raise MismatchError(_refusal(work, problems, nothing), plan=plan, path=plan.path)
     _check_conflicts(work, options)
     if problems:
@@ -75,7 +75,7 @@ def _refusal(work: Work, problems: list[str], nothing: bool) -> str:
         hints.append(f"To take that part alone: key={plan.key!r}.")
     elif plan.nearest:
         hints.append("To mend names: rename=.")
-    if not nothing:
+    if not (nothing or plan.objections):
         hints.append("To load what fits: strict=False.")
     return "\n".join([*lines, "  " + " ".join([*hints, "The model was not changed."])])
 

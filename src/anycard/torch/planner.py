@@ -26,7 +26,7 @@ from anycard.tensors import TensorInfo, row_major
 from anycard.torch.dtypes import FROM_TORCH, TO_TORCH
 from anycard.torch.modules import canonical_paths, children_first, live_paths, unwrapped
 from anycard.torch.reading import Fill, Fills
-from anycard.torch.self_loading import Trace, counts_batches, overrides_entry, trace
+from anycard.torch.self_loading import Trace, counts_batches, named_in, overrides_entry, trace
 from anycard.torch.survey import Survey, Target
 from anycard.torch.work import Options, OwnLoader, Work, final_dtype, loses_kind
 
@@ -170,8 +170,10 @@ class Planner:
         copies = {}
         for target, source in loader.trace.copies.items():
             name = translated(target, paths)
+            if name not in self.wanted:
+                return None  # a buffer that is not stored, which only the call fills
             info = loader.given[source]
-            own = self.wanted[name].shape if name in self.wanted else info.shape
+            own = self.wanted[name].shape
             if info.shape != own and own != ():
                 if not info.contiguous:
                     return None
@@ -227,7 +229,7 @@ class Planner:
                 self._pair(target, info)
                 if source != name:
                     self.plan.renamed[self._stored_name(source)] = name
-            elif name in self.stored and loader.trace.complains_of(translated(name, self.live)):
+            elif name in self.stored and self._is_named(loader, name):
                 self._by_name(name, target)
             elif name in absent:
                 self._absent(name, target)
@@ -236,6 +238,16 @@ class Planner:
         if kept:
             self.plan.notes.append(f"left as they are, as the module itself says: {', '.join(kept)}")
         self.used |= {n for n in back.values() if n not in unexpected}
+        self.plan.objections += tuple(e for e in loader.trace.errors if not self._is_of_a_shape(e, prefix))
+
+    def _is_named(self, loader: OwnLoader, name: str) -> bool:
+        return any(named_in(error, translated(name, self.live)) for error in loader.trace.errors)
+
+    def _is_of_a_shape(self, error: str, prefix: str) -> bool:
+        """What a module says is of a tensor's shape, which the plan shows; else it is to be told as it says it."""
+        about = [n for n in self.wanted if n.startswith(prefix) and named_in(error, translated(n, self.live))]
+        shapes = [(self.stored[n].shape, self.wanted[n].shape) for n in about if n in self.stored]
+        return any(stored != own for stored, own in shapes)
 
     def _stored_name(self, name: str) -> str:
         return self.work.match.names.get(name, name)

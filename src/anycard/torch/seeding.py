@@ -36,6 +36,11 @@ class _Mark:
     def give_back(self) -> None:
         with self.lock:
             self.users -= 1
+        self.clear()
+
+    def clear(self) -> None:
+        """Take the mark away, where no factory runs."""
+        with self.lock:
             if not self.users and torch.default_generator.initial_seed() == self.marked:
                 _remember(self.seed)
 
@@ -47,6 +52,16 @@ def _remember(seed: int) -> None:
 
 
 _MARK = _Mark()
+
+
+@contextmanager
+def forked() -> Iterator[None]:
+    """`torch.random.fork_rng` for the CPU, which does not bring back the mark of a factory that has ended meanwhile."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        _MARK.clear()
 
 
 class CallersDraws:

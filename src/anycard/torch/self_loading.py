@@ -28,6 +28,7 @@ from anycard.torch.attributes import Attributes
 from anycard.torch.dtypes import TO_TORCH
 from anycard.torch.modules import live_wrapper
 from anycard.torch.overrides import METADATA, short_name
+from anycard.torch.seeding import forked
 
 # What gives the same elements again, in the same order; and the same in another shape.
 _SAME = frozenset(("detach", "clone", "contiguous", "cpu", "to", "data", "requires_grad_", "type", "float", "half"))
@@ -40,7 +41,9 @@ def counts_batches(module: nn.Module) -> bool:
 
 
 def overrides_entry(module: nn.Module) -> bool:
-    """Its class has a `load_state_dict` of its own, which plain PyTorch calls on the outermost module only."""
+    """It has a `load_state_dict` of its own, which plain PyTorch calls on the outermost module only."""
+    if "load_state_dict" in vars(module):
+        return True
     return type(module).load_state_dict is not nn.Module.load_state_dict and live_wrapper(module) is None
 
 
@@ -62,9 +65,10 @@ class Trace:
     computed: bool = False
     reported: bool = False
 
-    def complains_of(self, name: str) -> bool:
-        """An error names the tensor: its shape is another one, in general."""
-        return any(re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", error) for error in self.errors)
+
+def named_in(error: str, name: str) -> bool:
+    """What a module says names the tensor."""
+    return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", error) is not None
 
 
 class _Watch(TorchFunctionMode):
@@ -88,7 +92,11 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = short_name(func)
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except BaseException:
+            self.trace.computed = True  # on real tensors it might not have failed, whatever the module makes of it
+            raise
         if name == "copy_" and id(args[0]) in self.shadows and isinstance(args[1], torch.Tensor):
             self._copied(args[0], args[1])
         elif args and id(args[0]) in self.given:
@@ -140,13 +148,14 @@ def trace(
         metadata: Module paths in the given names -> what `_metadata` says of them (`{"version": 2}`).
     """
     inference = torch.inference_mode(mode=False)  # its tensors count no versions
-    fork = torch.random.fork_rng(devices=[])  # modules that build others on load draw random numbers
+    fork = forked()  # modules that build others on load draw random numbers
     with inference, fork, _shadows(module, prefix) as (shadows, kept), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state: OrderedDict[str, Any] = OrderedDict()
         for name, info in given.items():
             if name.rpartition(".")[2] != "_extra_state":
                 state[name] = torch.empty(info.shape, dtype=TO_TORCH[info.dtype], device="meta")
+        grads = [(shadow, shadow.requires_grad) for shadow in shadows.values()]
         watch = _Watch(state, shadows)
         found = watch.trace
         try:
@@ -155,9 +164,15 @@ def trace(
             found.reported = True
         except Exception:  # noqa: BLE001 - whatever a model's own code raises on meta tensors
             found.computed = True
-        if kept.changed():
+        if kept.changed() or any(_marked(shadow, grad) for shadow, grad in grads):
             found.computed = True
     return found
+
+
+def _marked(shadow: torch.Tensor, requires_grad: bool) -> bool:
+    """Something else than values was given to a tensor."""
+    hooks = shadow._backward_hooks or getattr(shadow, "_post_accumulate_grad_hooks", None)
+    return bool(shadow.requires_grad is not requires_grad or vars(shadow) or hooks)
 
 
 def run_own_loading(
@@ -203,6 +218,7 @@ def _shadows(module: nn.Module, prefix: str) -> Iterator[tuple[dict[str, torch.T
     before = Attributes(module.modules())
     made: dict[int, torch.Tensor] = {}
     names: dict[str, torch.Tensor] = {}
+    stood: list[tuple[Any, str, torch.Tensor]] = []  # a scripted module's are no dicts
     try:
         for path, inner in module.named_modules(prefix=prefix.rstrip("."), remove_duplicate=False):
             for held in (inner._parameters, inner._buffers):
@@ -210,11 +226,14 @@ def _shadows(module: nn.Module, prefix: str) -> Iterator[tuple[dict[str, torch.T
                     if tensor is None:
                         continue
                     if id(tensor) not in made:
+                        stood.append((held, name, tensor))
                         shadow = _shadow(tensor)
                         made[id(tensor)] = made[id(shadow)] = shadow  # a module may be met twice
                     held[name] = names[join(path, name)] = made[id(tensor)]
         yield names, Attributes(module.modules())
     finally:
+        for held, name, tensor in stood:
+            held[name] = tensor
         before.put_back()
 
 

@@ -129,7 +129,7 @@ def survey(model: nn.Module) -> Survey:
         if module._buffers:
             _look_at_buffers(path, module, everything, hidden)
         hooked = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
-        if hooked or type(module) in special or "state_dict" in module.__dict__:
+        if hooked or type(module) in special or _has_entries(module.__dict__):
             apart.append(row)
     refuse_assigned_state_dict(apart, walked)
     held = [row for row in everything if not _passes(row)] if hidden else everything
@@ -140,13 +140,18 @@ def survey(model: nn.Module) -> Survey:
         held = [row for row in held if id(row) not in mine]
     columns = _columns(held)
     found = Survey(walked, held, columns, _targets(own, _columns(own)), hidden)
-    found.extras = [row for row in apart if habits[type(row[2])].extra_state]
+    found.extras = [row for row in apart if habits[type(row[2])].extra_state or "set_extra_state" in vars(row[2])]
     odd: set[int] = set()
     if hidden or own or not all(columns.plain):
         odd = {id(row[1]) for row in everything if type(row[4]) not in PLAIN}
         found.bare = [(row[0], row[4], row[1]) for row in everything if row[4].is_meta]
     found.self_loaders = [row for row in (walked if odd else apart) if _loads_itself(row[2], habits[type(row[2])], odd)]
     return found
+
+
+def _has_entries(own: Mapping[str, Any]) -> bool:
+    """A method that saves or loads was replaced on the module itself."""
+    return "state_dict" in own or "_load_from_state_dict" in own or "set_extra_state" in own
 
 
 def _look_at_buffers(path: str, module: nn.Module, everything: list[_Held], hidden: set[str]) -> None:
@@ -187,7 +192,7 @@ def _loads_itself(module: nn.Module, habits: _Habits, odd: Collection[int]) -> b
     if habits.wrapper is not None:
         return _has_hooks_of_others(module)
     hooked = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
-    return bool(habits.loads_itself or hooked or id(module) in odd)
+    return bool(habits.loads_itself or hooked or "_load_from_state_dict" in vars(module) or id(module) in odd)
 
 
 def _has_hooks_of_others(wrapper: nn.Module) -> bool:
