@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
-from anycard.containers.inflated import record_bytes
+from anycard.containers.inflated import inflates_like_a_bomb, record_bytes
 from anycard.containers.zip_directory import Record
 from anycard.disk.source import Source
 from anycard.errors import FormatError
@@ -14,6 +15,7 @@ from anycard.limits import Limits
 from anycard.operations.packaged_code import modules_of, what_runs
 
 SETS_STATE = "TorchScript __setstate__"
+_SETSTATE = re.compile(rb"def(\s|\\)+__setstate__")
 
 
 class Context(NamedTuple):
@@ -69,13 +71,16 @@ class Archive:
         for module, why in self._sources.items():
             if why:
                 yield modules[module], f"Python source: {why}"
-        scripts = [name for name in self._records if name.endswith(".py") and name not in modules.values()]
+        scripts = [name for name in self._records if name.lower().endswith(".py") and name not in modules.values()]
         for name in scripts:
-            if b"def __setstate__" in self._code(name):
+            if _SETSTATE.search(self._code(name)):
                 yield name, SETS_STATE
 
     def _code(self, name: str) -> bytes:
+        record = self._records[name]
         try:
-            return bytes(record_bytes(self._source, self._records[name], self._limits.index_nbytes))
+            if not inflates_like_a_bomb(record):
+                return bytes(record_bytes(self._source, record, self._limits.index_nbytes))
         except FormatError:
-            return b"def __setstate__("  # what cannot be looked at is not harmless
+            pass
+        return b"def __setstate__("  # what cannot be looked at is not harmless

@@ -25,8 +25,11 @@ _ZIP = (b"PK\3\4", b"PK\5\6", b"PK\6\6", b"PK\7\x08")
 _LZ4 = b"\x04\x22\x4d\x18"  # joblib reads it where the package is there
 _OLD_JOBLIB = (b"ZF0x", 21)  # how it begins, and where its zlib stream does, maybe behind a blank
 _PROTO = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))  # no pickler writes it below 2
-_STORAGE = re.compile(r"(^|/)(\.?data/\d+(\.storage)?|data/weights/weight_\d+|data/constants/tensor_\d+)$")
+_STORAGE = re.compile(
+    r"(^|/)(\.?data/\d+(\.storage)?|constants/\d+|data/weights/weight_\d+|data/constants/tensor_\d+)$"
+)
 _MOST_ARCHIVES = 10_000
+_MOST_HEADER = 64 << 10
 _DESCRIPTION = re.compile(rb"'descr'\s*:\s*(.{1,65536}?),\s*'fortran_order'", re.DOTALL)
 
 
@@ -102,9 +105,10 @@ def behind_header(source: Source) -> tuple[Source, bool] | None:
         return None
     wide = 4 if source.read(6, 1) >= b"\2" else 2
     start = 8 + wide + int.from_bytes(source.read(8, wide), "little")
-    if start > source.size:
+    if start > min(source.size, _MOST_HEADER):
         return None
-    described = _DESCRIPTION.search(source.read(8 + wide, start - 8 - wide))
+    header = source.read(8 + wide, start - 8 - wide)
+    described = _DESCRIPTION.match(header, max(header.find(b"'descr'"), 0))
     return None if described is None else (WindowSource(source, start, source.size - start), b"O" in described[1])
 
 

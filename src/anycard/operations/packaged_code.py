@@ -10,7 +10,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping
 
-_MOST_SOURCE = 4 << 20  # bytes; what is longer is no source that anyone wrote
+_MOST_SOURCE = 256 << 10  # bytes; what is longer is no source that anyone wrote
+_UNKNOWN = "what has several meanings"
 # Imports that do nothing but give names.
 _IMPORTS = frozenset(
     """
@@ -123,9 +124,17 @@ class _Top:
             self._value(node.test)
             self.body([*node.body, *node.orelse])
         elif isinstance(node, ast.Try):
-            self.body([*node.body, *node.orelse, *node.finalbody, *(s for h in node.handlers for s in h.body)])
+            self._try(node)
         elif not isinstance(node, ast.Pass):
             raise _RunsError(node, f"a {type(node).__name__} statement at the top level")
+
+    def _try(self, node: ast.Try) -> None:
+        for handler in node.handlers:
+            if handler.type is not None:
+                self._value(handler.type)
+            if handler.name is not None:
+                self._bind(node, handler.name, _UNKNOWN)
+        self.body([*node.body, *node.orelse, *node.finalbody, *(s for h in node.handlers for s in h.body)])
 
     def _import(self, node: ast.Import | ast.ImportFrom) -> None:
         if isinstance(node, ast.Import):
@@ -151,7 +160,11 @@ class _Top:
     def _bind(self, node: ast.AST, name: str, meaning: str) -> None:
         if _special(name) and name not in _NAMES:
             raise _RunsError(node, f"{name} is given a meaning")
-        self._names[name] = meaning
+        self._name(name, meaning)
+
+    def _name(self, name: str, meaning: str) -> None:
+        """Which of two meanings holds depends on what runs."""
+        self._names[name] = meaning if self._names.get(name, meaning) == meaning else _UNKNOWN
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         if _special(node.name) and node.name not in _METHODS:
@@ -164,21 +177,33 @@ class _Top:
         for value in (*values, *(a.annotation for a in annotated if a is not None)):
             if value is not None:
                 self._value(value)
-        self._names[node.name] = "here"
+        self._name(node.name, "here")
 
     def _class(self, node: ast.ClassDef) -> None:
         if node.keywords:
             raise _RunsError(node, f"class {node.name} has a metaclass or arguments")
         for decorator in node.decorator_list:
             self._decorator(decorator)
-        for base in node.bases:
-            meaning = self._meaning(base.value if isinstance(base, ast.Subscript) else base)
-            if not meaning.startswith(_BASES):
-                raise _RunsError(node, f"class {node.name} is a {meaning}")
+        bases = [self._base(node, base) for base in node.bases]
+        members = any(base.startswith("enum.") for base in bases)  # which are made while the class is
+        if members and (
+            any(isinstance(inside, (ast.FunctionDef, ast.AsyncFunctionDef)) for inside in ast.walk(node))
+            or not all(base.startswith(("enum.", "builtins.")) for base in bases)
+        ):
+            raise _RunsError(node, f"class {node.name} has members, and methods that may run when they are made")
         inner = _Top(self._modules)
         inner._names = dict(self._names)
         inner.body(node.body)
-        self._names[node.name] = "here"
+        self._name(node.name, f"enum.{node.name}" if members else "here")
+
+    def _base(self, node: ast.ClassDef, base: ast.expr) -> str:
+        if isinstance(base, ast.Subscript):
+            self._value(base.slice)
+            base = base.value
+        meaning = self._meaning(base)
+        if not meaning.startswith(_BASES):
+            raise _RunsError(node, f"class {node.name} is a {meaning}")
+        return meaning
 
     def _decorator(self, node: ast.expr) -> None:
         callee = node.func if isinstance(node, ast.Call) else node
@@ -216,7 +241,11 @@ class _Top:
             for child in ast.iter_child_nodes(node):
                 if isinstance(child, ast.expr):
                     self._value(child)
-        elif not isinstance(node, ast.Lambda):
+        elif isinstance(node, ast.Lambda):
+            for value in (*node.args.defaults, *node.args.kw_defaults):
+                if value is not None:
+                    self._value(value)
+        else:
             raise _RunsError(node, f"a {type(node).__name__} expression")
 
     def _arguments(self, node: ast.Call) -> None:

@@ -286,6 +286,7 @@ class _Scanner:
             if record.arrays and not context.joblib:  # other loaders take their bytes for opcodes
                 more = outline(source, at, one=True)
                 record.run |= more.globals.keys() - record.globals.keys()
+                record.followed.clear()
                 record.globals = {**more.globals, **record.globals}
             self._take(record, where, depth, context)
             at, count = record.end, count + 1
@@ -302,10 +303,10 @@ class _Scanner:
         for (module, name), offset in record.globals.items():
             full = f"{module}.{name}"
             kind = judge(module, name, script=context.script)
-            if (module, name) == ("torch.storage", "_load_from_bytes") and record.nested:
+            if (module, name) == ("torch.storage", "_load_from_bytes") and record.only_followed(module, name):
                 kind = judge("torch", "Tensor")  # what it would load is scanned in its own right
-            if module in context.harmless and (module, name) not in record.run:
-                kind = INERT  # a class of a torch package's, whose source only defines
+            if module in context.harmless:  # a module of a torch package's, whose source only defines
+                kind = INERT if record.only_made(module, name) else RUNS
             if kind in CLEAN or full not in self._allow:
                 self._find(Finding(full, kind, (module, name) in record.calls, where, offset))
         for index, data in enumerate(record.nested):
