@@ -278,3 +278,13 @@ def test_unpacked_torch_zip(tmp_path: Path) -> None:
     (inner / "data" / "0").unlink()
     with pytest.raises(anycard.FormatError, match="data/0"):
         anycard.read(inner)
+
+
+@pytest.mark.parametrize("first", ["metadata.pkl", "train_data.pkl", "a/b/data.pkl"])
+def test_a_name_that_ends_like_a_torch_zips_pickle_makes_none(tmp_path: Path, first: str) -> None:
+    """Only `data.pkl` at the top or in one folder begins a torch zip; other archives hold checkpoints."""
+    torch.save(WANT, tmp_path / "m.pt")
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr(first, pickle.dumps({"a": 1}))
+        archive.write(tmp_path / "m.pt", "model.pth")
+    assert_same(anycard.read(tmp_path / "z.zip", member="model.pth"), WANT)

@@ -17,7 +17,7 @@ from anycard.formats.archived_folder import ArchivedFolder
 from anycard.formats.choosing_members import meant, no_member
 from anycard.formats.folders import Unit, read_set, units_below
 from anycard.formats.index import Index
-from anycard.formats.registry import is_checkpoint
+from anycard.formats.registry import begins_torch_zip, is_checkpoint
 from anycard.formats.registry import read_index as read_any
 from anycard.limits import Limits
 from anycard.pickles.views import short
@@ -79,8 +79,7 @@ def _read_unit(source: Source, records: Mapping[str, Record], unit: Unit, limits
 def _records(source: Source, head: bytes, limits: Limits) -> Mapping[str, Record] | None:
     if is_tar(head):
         return None if legacy_tar.is_legacy_tar(source, limits) else read_tar(source, limits)
-    name_size = int.from_bytes(head[26:28], "little")
-    if not head.startswith(b"PK\x03\x04") or head[30 : 30 + name_size].endswith(b"data.pkl"):
+    if not head.startswith(b"PK\x03\x04") or begins_torch_zip(head):
         return None  # torch's own archives begin so
     records = read_directory(source, limits)
     return None if torch_zip.is_torch(records) else records

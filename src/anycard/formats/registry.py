@@ -103,8 +103,14 @@ def is_checkpoint(head: bytes) -> bool:
 def _is_plain(head: bytes) -> bool:
     """The common case: no file that could hold others, but a torch zip, or a checkpoint of another magic number."""
     if head.startswith(b"PK"):
-        return head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b"data.pkl")
+        return begins_torch_zip(head)
     return is_checkpoint(head)
+
+
+def begins_torch_zip(head: bytes) -> bool:
+    """A zip whose first record is a torch zip's pickle, at its top or in one folder, in whatever case."""
+    name = head[30 : 30 + int.from_bytes(head[26:28], "little")]
+    return re.fullmatch(rb"([^/]+/)?data\.pkl", name, re.IGNORECASE | re.DOTALL) is not None
 
 
 def _told_by(head: bytes) -> str:

@@ -16,6 +16,7 @@ from anycard.torch.checking import check
 from anycard.torch.filling import fill
 from anycard.torch.planning import make_work
 from anycard.torch.reading import materialise
+from anycard.torch.typed_keys import with_own_keys
 from anycard.torch.undo import Undo
 from anycard.torch.work import Options, Work
 
@@ -71,7 +72,8 @@ def _load_others(objects: Mapping[str, Any], data: Mapping[str, Any], undo: Undo
         if hasattr(target, "state_dict"):
             _remember(target, undo)
         try:
-            target.load_state_dict(data[name])
+            own = target.state_dict() if hasattr(target, "state_dict") else None
+            target.load_state_dict(with_own_keys(data[name], own))
         except Exception as error:
             message = f"{name} would not load its state: {error}." + ("" if undo.lost else " Nothing was changed.")
             raise CheckpointError(message, name=name) from error
