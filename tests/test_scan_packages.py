@@ -197,3 +197,35 @@ def test_the_header_of_a_numpy_file_is_bounded(tmp_path: Path) -> None:
     header = b"'descr':" * 50_000
     (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\2\0" + struct.pack("<I", len(header)) + header)
     assert not anycard.scan(tmp_path / "a.npy").clean
+
+
+class Sized(nn.Module):
+    """Its sizes are expressions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x]) + x.shape[0] // 2
+
+
+def exported(path: Path) -> None:
+    batch = torch.export.Dim("batch", min=2, max=64)
+    torch.export.save(torch.export.export(Sized(), (torch.ones(4, 3),), dynamic_shapes=({0: batch},)), path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_program_is_clean_until_sympy_is_given_more_than_sizes(tmp_path: Path) -> None:
+    """`torch.export.load` gives the text of a size to sympy, which evaluates it; compiled code it opens."""
+    exported(tmp_path / "a.pt2")
+    assert anycard.scan(tmp_path / "a.pt2").clean
+    for text in ("__import__('os').system('true')", "preview(x)", "Symbol(sympify('1'))", "x.f()", "[1][0]"):
+        with zipfile.ZipFile(tmp_path / "a.pt2") as plain, zipfile.ZipFile(tmp_path / "b.pt2", "w") as archive:
+            for name in plain.namelist():
+                data = plain.read(name)
+                if name.endswith("models/model.json"):
+                    first = data.index(b"Symbol(")
+                    end = data.index(b')"', first) + 1
+                    data = data[:first] + text.encode() + data[end:]
+                archive.writestr(name, data)
+        assert not anycard.scan(tmp_path / "b.pt2").clean, text
+    with zipfile.ZipFile(tmp_path / "a.pt2", "a") as archive:
+        archive.writestr("archive/data/aotinductor/model/x.wrapper.so", b"\x7fELF")
+    assert not anycard.scan(tmp_path / "a.pt2").clean

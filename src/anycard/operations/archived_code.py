@@ -12,6 +12,7 @@ from anycard.containers.zip_directory import Record
 from anycard.disk.source import Source
 from anycard.errors import FormatError
 from anycard.limits import Limits
+from anycard.operations import exported_code
 from anycard.operations.packaged_code import modules_of, what_runs
 
 SETS_STATE = "TorchScript __setstate__"
@@ -75,6 +76,19 @@ class Archive:
         for name in scripts:
             if _SETSTATE.search(self._code(name)):
                 yield name, SETS_STATE
+        yield from self._exported()
+
+    def _exported(self) -> Iterator[tuple[str, str]]:
+        """The same of an exported program."""
+        for name, record in self._records.items():
+            if exported_code.COMPILED.search(name):
+                yield name, "compiled code (AOTInductor)"
+            elif name.endswith(".json") and b"expr_str" in (data := self._code(name)):
+                try:
+                    for text in exported_code.evaluated(data):
+                        yield name, f"what sympy evaluates: {text[:80]}"
+                except (ValueError, RecursionError):
+                    yield name, f"{record.nbytes:,} bytes that are no JSON"
 
     def _code(self, name: str) -> bytes:
         record = self._records[name]
