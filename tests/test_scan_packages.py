@@ -9,6 +9,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -229,3 +230,35 @@ def test_an_exported_program_is_clean_until_sympy_is_given_more_than_sizes(tmp_p
     with zipfile.ZipFile(tmp_path / "a.pt2", "a") as archive:
         archive.writestr("archive/data/aotinductor/model/x.wrapper.so", b"\x7fELF")
     assert not anycard.scan(tmp_path / "a.pt2").clean
+
+
+def array_of(value: object) -> bytes:
+    file = io.BytesIO()
+    held = np.empty(1, object)
+    held[0] = value
+    np.save(file, held, allow_pickle=True)
+    return file.getvalue()
+
+
+def test_members_that_only_python_finds_are_found(tmp_path: Path) -> None:
+    """An end record that counts too few, and an array in the place of a storage: `numpy.load` reads both."""
+    for name, records in {
+        "count.npz": {"x.npy": array_of(1), "y.npy": array_of(Evil())},
+        "raw.npz": {"data.pkl": pickle.dumps({}, 2), "data/0": array_of(Evil())},
+    }.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for inner, data in records.items():
+                archive.writestr(inner, data)
+        if name == "count.npz":
+            data = bytearray((tmp_path / name).read_bytes())
+            struct.pack_into("<2H", data, data.rfind(b"PK\5\6") + 8, 1, 1)
+            (tmp_path / name).write_bytes(data)
+        report = anycard.scan(tmp_path / name)
+        assert "posix.system" in {finding.name for finding in report.bad} or os.name == "nt"
+
+
+def test_ids_that_torch_knows_behind_its_magic_number_hide_nothing(tmp_path: Path) -> None:
+    """A legacy stream in protocol 0, under a name that says nothing."""
+    stream = b"I119547037146038801333356\n.I1001\n.}.(S'module'\nNNNtQ0cos\nsystem\n(S'true'\ntR."
+    (tmp_path / "weights").write_bytes(stream)
+    assert {finding.name for finding in anycard.scan(tmp_path).bad} == {"os.system"}

@@ -46,6 +46,11 @@ def is_raw(name: str, folders: frozenset[str]) -> bool:
     return folder in folders and last.removesuffix(".storage").isdecimal()
 
 
+def begins_loaded(head: bytes) -> bool:
+    """Whoever loads it takes it for an array, an archive or a pickle, whatever it is called."""
+    return head.startswith((_NUMPY, *_ZIP, *_PROTO)) or is_legacy(head)
+
+
 def told_by(name: str, head: bytes, context: Context) -> Context:
     """A member that neither its name nor PROTO tells to be a pickle may be anything; storages begin with any byte."""
     plain = _PACKED.sub("", name.lower())

@@ -20,6 +20,7 @@ from anycard.formats.plain_pickle import budget_of
 from anycard.limits import DEFAULT, Limits
 from anycard.operations.archived_code import SETS_STATE, Archive, Context
 from anycard.operations.looks import (
+    begins_loaded,
     behind_header,
     formats_of,
     is_legacy,
@@ -32,6 +33,7 @@ from anycard.operations.looks import (
     told_by,
     zips_within,
 )  # fmt: skip
+from anycard.operations.other_readers import finds_others
 from anycard.operations.scan_report import Finding, ScanReport
 from anycard.pickles.budget import Budget
 from anycard.pickles.judging import CLEAN, INERT, RUNS, UNKNOWN, judge
@@ -111,6 +113,13 @@ def _scan_file(scanner: _Scanner, file: str, label: str) -> None:
             scanner.file(source, "", 0, named._replace(tentative=False))
     finally:
         source.close()
+
+
+def _is_told(source: Source) -> bool:
+    """Bytes that may be anything are pickles; behind the first one, which is its magic number, torch knows ids."""
+    first = outline(source, one=True, ids=False)
+    later = outline(source, first.end) if 0 < first.end < source.size else first
+    return any(tells(found, source.size) for found in (outline(source, ids=False), later))
 
 
 class _Scanner:
@@ -209,12 +218,24 @@ class _Scanner:
                 self._unreadable(where, str(error.args[0]))
                 self._salvaged(source, where, depth)
             return
+        if finds_others(source, records.values()):
+            self._unreadable(where, "readers of zip archives find other members in it than torch does")
+            self._salvaged(source, where, depth)
         archive = Archive(source, records, self._limits)
         self._sources(archive, where)
         folders = raw_folders(records)
         for name, record in records.items():
-            if not is_raw(name, folders):
+            if not is_raw(name, folders) or self._is_loaded(source, record):
                 self._member(source, record, join(where, name), depth, archive.context(name))
+
+    def _is_loaded(self, source: Source, record: ZipRecord) -> bool:
+        """A storage's bytes that another loader would take for more: numpy reads any member that begins so."""
+        try:
+            if record.compressed:
+                return begins_loaded(bytes(Inflated(source, record)[:_HEAD]))
+            return begins_loaded(source.read(record.offset, min(record.nbytes, _HEAD)))
+        except FormatError:
+            return False
 
     def _member(self, source: Source, record: ZipRecord, where: str, depth: int, context: Context) -> None:
         held: Source = WindowSource(source, record.offset, record.stored_nbytes)
@@ -265,7 +286,7 @@ class _Scanner:
 
     def _stream(self, source: Source, where: str, depth: int, context: Context) -> None:
         """Pickles one after the other from the start; what follows a torch file's five is its storages."""
-        if context.tentative and not tells(outline(source, ids=False), source.size):
+        if context.tentative and not _is_told(source):
             return
         data = source.read(0, min(source.size, self._limits.index_nbytes))
         at = count = 0
