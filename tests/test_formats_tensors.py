@@ -279,6 +279,25 @@ def test_packed_parameters(how: str, tmp_path: Path) -> None:
     assert_same(anycard.read(tmp_path / "x.pt"), {name: t for name, t in want.items() if "_packed_params." in name})
 
 
+@pytest.mark.parametrize("how", ["script", "whole"])
+def test_quantised_convolutions(how: str, tmp_path: Path) -> None:
+    """A statically quantised model, whose convolutions pickle themselves as tuples: the names of its state dict."""
+    with quiet():
+        torch.backends.quantized.engine, tq = "fbgemm", torch.ao.quantization
+        model = nn.Sequential(tq.QuantStub(), nn.Conv2d(1, 2, 3)).eval()
+        model.qconfig = tq.get_default_qconfig("fbgemm")  # type: ignore[assignment]
+        tq.prepare(model, inplace=True)(torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4))
+        model = tq.convert(model)
+        save = torch.save if how == "whole" else lambda m, path: torch.jit.save(torch.jit.script(m), path)
+        save(model, tmp_path / "x.pt")
+        torch.save(model.state_dict(), tmp_path / "plain.pt")
+        want = anycard.read(tmp_path / "plain.pt")
+    assert_same(
+        anycard.read(tmp_path / "x.pt"), {n: t for n, t in want.items() if n not in ("1.scale", "1.zero_point")}
+    )
+    assert anycard.open(tmp_path / "x.pt").objects["1.zero_point"] == int(want["1.zero_point"])
+
+
 def test_a_model_without_tensors_is_said(tmp_path: Path) -> None:
     """Nothing is read, and not in silence."""
     with quiet():

@@ -248,6 +248,33 @@ def test_a_module_of_the_first_torches(new: bool) -> None:
     assert_same({name: loaded[name] for name in want}, want)
 
 
+class _Kept(nn.Linear):
+    """Pickles itself as something of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(2, 2)
+        self.how = how
+
+    def __getstate__(self) -> Any:
+        return {"config": 1, "inner": {"sd": self.state_dict()}} if self.how == "dict" else (1, self.state_dict())
+
+    def __reduce__(self) -> Any:
+        return (_Kept, ("call", [self.state_dict()])) if self.how == "call" else super().__reduce__()
+
+
+@pytest.mark.parametrize("how", ["dict", "tuple", "call"])
+def test_a_layer_that_pickles_itself_its_own_way(how: str, tmp_path: Path) -> None:
+    """Its tensors have the names of the state dict that it keeps."""
+    model = nn.Sequential(nn.DataParallel(_Kept(how)), nn.Linear(2, 1))
+    torch.save(model, tmp_path / "a.pt")
+    assert_same(anycard.read(tmp_path / "a.pt"), weights(nn.Sequential(model[0].module, model[1])))
+    other = nn.Sequential(_Kept(how), nn.Linear(2, 1))
+    assert_same(weights(anycard.load(tmp_path / "a.pt", other)), weights(nn.Sequential(model[0].module, model[1])))
+    done = anycard.convert(tmp_path / "a.pt", tmp_path / "a.pth")
+    assert done.tensors == 4
+    assert not any("weight" in name for name in done.left_behind)
+
+
 def test_a_part_of_a_whole_model_is_rebuilt(tmp_path: Path) -> None:
     """The key of a module within it gives that module alone, under any wrapper; what is no module is refused."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 3)))

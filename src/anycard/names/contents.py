@@ -60,7 +60,7 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
             if id(obj) not in above:
                 _keep_object(found, path, _AGAIN)
             continue
-        children = _children(obj)
+        children = parts_of(obj)
         if not children:
             if not (isinstance(obj, Inert) and module_state(obj) is not None):
                 _keep_object(found, path, obj)
@@ -197,7 +197,8 @@ def holds_weights(obj: object) -> bool:
     return all(type(value) is TensorInfo or key_text(name).endswith("_extra_state") for name, value in obj.items())
 
 
-def _children(obj: object) -> list[tuple[str, object]]:
+def parts_of(obj: object) -> list[tuple[str, object]]:
+    """What an object holds, by name: of a module its tensors and modules, of a list its items by number."""
     if isinstance(obj, Mapping):
         return entries(obj)
     if isinstance(obj, (list, tuple)):

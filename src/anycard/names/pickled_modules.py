@@ -18,6 +18,11 @@ _CALLS = 4  # how deep in the arguments of calls a module is looked for
 _MOST = 16  # arguments, and entries of one, that are looked at
 # What every module keeps, and what says nothing of how it was made.
 COMMON = frozenset(("training", "call_super_init", "dump_patches"))
+# The tuple that a quantised convolution is pickled as: torch/ao/nn/quantized/modules/conv.py, _ConvNd.__getstate__.
+_CONV = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding",
+    "groups", "padding_mode", "weight", "bias", "scale", "zero_point", "training",
+)  # fmt: skip
 _CLASS_NAMES = ("class_name", "_graphmodule_cls_name")
 
 
@@ -35,6 +40,9 @@ def module_state(obj: object) -> Mapping[str, Any] | None:
             state = state[0]
         if _is_state(state):
             return state
+        if isinstance(state, tuple) and len(state) == len(_CONV) and _is_quantised_conv(type(obj)):
+            found: Mapping[str, Any] = _once(obj, "state", _conv_state)
+            return found
     return _once(obj, "state", _given_state) if obj.called and obj.args else None
 
 
@@ -46,6 +54,17 @@ def _once(obj: Inert, what: str, look: Callable[[Inert], Any]) -> Any:
 
 def _given_state(obj: Inert) -> Mapping[str, Any] | None:
     return next((held for held in _given(obj) if _is_state(held)), None)
+
+
+def _is_quantised_conv(kind: type[Inert]) -> bool:
+    path = kind.module.removeprefix("__torch__.")
+    return path.startswith(("torch.ao.nn.", "torch.nn.")) and "quantized" in path and "Conv" in kind.name
+
+
+def _conv_state(obj: Inert) -> Mapping[str, Any]:
+    held = dict(zip(_CONV, obj.state, strict=True))
+    buffers = {name: held.pop(name) for name in ("weight", "bias")}
+    return {**held, "_parameters": {}, "_buffers": buffers, "_modules": {}}
 
 
 def _is_state(value: object) -> TypeGuard[Mapping[str, Any]]:

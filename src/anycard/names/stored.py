@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from anycard.names.contents import contents, holds_weights
+from anycard.names.contents import contents, holds_weights, parts_of
 from anycard.names.mappings import entries, items, mapping_of
 from anycard.names.paths import join
 from anycard.names.pickled_modules import is_module, module_state, own_tensors, walk_modules, wrapped_module
+from anycard.pickles.composite import Composite
 from anycard.pickles.stubs import Inert
 from anycard.tensors import TensorInfo
 
@@ -204,17 +205,48 @@ def _from_module(obj: object, key: str) -> StateDict:
     canonical: dict[str, str] = {}
     own: set[str] = set()
     wrappers: dict[str, None] = {}
-    for module in walk_modules(obj):
+    walked = list(walk_modules(obj))
+    others = _others([module.obj for module in walked])
+    for module in walked:
         if module.row is not None or wrapped_module(module.obj) is not None:
             wrappers[type(module.obj).name or "call"] = None
-        for name, info in own_tensors(module.obj):
+        inner, found = others.get(id(module.obj)) or ("", own_tensors(module.obj))
+        for name, info in found:
             stored = ".".join((*module.stored, name))
             tensors[stored] = info
-            canonical[stored] = ".".join((*module.canonical, name))
+            canonical[stored] = ".".join((*module.canonical, name.removeprefix(inner)))
             if module.row is not None and name in module.row.own:
                 own.add(stored)
     shadow = _shadow(obj, key)
     return StateDict(key, tensors, canonical, wrappers=tuple(wrappers), own=frozenset(own), shadow=shadow, held=obj)
+
+
+def _others(modules: list[Inert]) -> dict[int, tuple[str, list[tuple[str, TensorInfo]]]]:
+    """By `id`, of modules that pickle themselves as something else than their `__dict__`: all of their tensors.
+
+    Before them, the prefix that these have of where the module keeps its state dict.
+    """
+    others = {id(obj): obj for obj in modules if not is_module(obj)}
+    held: dict[int, list[tuple[str, TensorInfo]]] = {}
+    if others:
+        ids = list(others)
+        for path, info in contents(list(others.values())).tensors.items():
+            index, _, name = path.partition(".")
+            held.setdefault(ids[int(index)], []).append((name, info))
+    return {known: (_inner_key(others[known], [name for name, _ in found]), found) for known, found in held.items()}
+
+
+def _inner_key(obj: object, names: list[str]) -> str:
+    key = ""
+    for _ in range(_DEEPEST):
+        parts = parts_of(obj)
+        if any(isinstance(value, (TensorInfo, Composite)) for _, value in parts):
+            break
+        inner = [(n, v) for n, v in parts if all(name.startswith(f"{key}{n}.") for name in names)]
+        if len(inner) != 1:
+            break
+        key, obj = f"{key}{inner[0][0]}.", inner[0][1]
+    return key
 
 
 def _shadow(obj: object, key: str) -> str | None:
