@@ -364,3 +364,18 @@ def test_dicts_of_ones_own_class(tmp_path, kind, tree):
     key = "ema" if "two" in tree else None
     assert_same(anycard.read(tmp_path / "own.pt", key=key), weights(model))
     assert_same(weights(anycard.load(tmp_path / "own.pt", Small, key=key)), weights(model))
+
+
+def test_a_training_checkpoint_within_one_unfamiliar_key(tmp_path):
+    """As PyTorch's tutorial of distributed checkpoints has it: what lies beside the weights shows what they are."""
+    model = filled(nn.Linear(2, 2))
+    state, optim = model.state_dict(), torch.optim.Adam(model.parameters()).state_dict()
+    trees = (
+        {"app": {"model": state, "optim": optim}},
+        {"ckpt": {"model": state, "opt": optim, "args": {"lr": 0.5}}},
+        {"agent": {"actor": state, "actor_optim": optim}},
+    )
+    for tree in trees:
+        torch.save(tree, tmp_path / "a.pt")
+        assert_same(anycard.read(tmp_path / "a.pt"), weights(model))
+        assert anycard.plan(tmp_path / "a.pt", nn.Linear(2, 2)).fits

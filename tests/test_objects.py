@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import anycard
@@ -276,27 +275,3 @@ def test_convert_says_which_tensors_of_a_module_it_leaves_out(tmp_path, target):
     if target == "b.pt":
         done = anycard.convert(tmp_path / "a.pt", tmp_path / target)
         assert {"model.mask", "model.seen"} <= set(done.left_behind) and "epoch" not in done.left_behind
-
-
-def trained() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
-    """A model, its optimizer and a scheduler that counts its milestones."""
-    model = nn.Linear(3, 4)
-    optimizer = torch.optim.Adam(model.parameters())
-    return model, optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3])
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_numbers_that_dcp_writes_as_text_are_numbers_again(tmp_path):
-    """An optimizer that never made a step, and a scheduler, go on from a folder of `torch.distributed.checkpoint`."""
-    model, optimizer, scheduler = trained()
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-    dcp.save(states, checkpoint_id=str(tmp_path / "c"), no_dist=True)
-    again = dict(zip(states, trained(), strict=True))
-    anycard.load(tmp_path / "c", again)
-    want, got = optimizer.state_dict()["state"], again["optimizer"].state_dict()["state"]
-    assert list(got) == [0, 1]
-    assert all(torch.equal(got[i][name], want[i][name]) for i in want for name in want[i])
-    assert again["scheduler"].milestones == scheduler.milestones
-    assert list(again["scheduler"].milestones.elements()) == [1, 3]

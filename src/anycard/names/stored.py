@@ -127,7 +127,7 @@ def _descend_mapping(obj: object, mapping: Mapping[Any, Any], key: str, found: F
     weights = holds_weights(mapping)
     held: dict[str, Any] = dict(entries(mapping))
     if weights and set(map(type, held.values())) == {TensorInfo}:
-        found.dicts.append(StateDict(key, held, told=partial(_metadata, obj), held=obj))
+        found.dicts.append(StateDict(key, held, told=partial(metadata_of, obj), held=obj))
         return
     direct = sum(isinstance(value, TensorInfo) and (weights or not value.is_array) for value in held.values())
     inner = {name: value for name, value in held.items() if _may_hold(name, value) and contents(value).tensors}
@@ -155,9 +155,16 @@ def _is_training_level(held: dict[str, Any], direct: int, inner: dict[str, objec
 
 def _nested_only(inner: dict[str, object]) -> bool:
     """One nested dict of dicts, as Megatron splits a state dict; not several state dicts."""
+    parts = [part for held in inner.values() for part in items(mapping_of(held))]
     return len(inner) == 1 and not any(
-        isinstance(value, TensorInfo) for held in inner.values() for value in (mapping_of(held) or {}).values()
+        isinstance(value, TensorInfo) or _is_beside(name, value) for name, value in parts
     )
+
+
+def _is_beside(name: str, value: object) -> bool:
+    """It shows a training checkpoint: the model in it, or what an optimizer is restored from."""
+    apart = isinstance(value, Mapping) and not name.endswith("_extra_state") and not _may_hold(name, value)
+    return apart or name in ("model", "state_dict", "model_state_dict")
 
 
 def _may_hold(name: str, value: object) -> bool:
@@ -178,10 +185,11 @@ def _from_mapping(obj: object, key: str) -> StateDict:
     for name in extras:
         tensors = {n: t for n, t in tensors.items() if not n.startswith(name + ".")}
     clash = next(iter(walked.clashes), "")
-    return StateDict(key, tensors, extras=extras, told=partial(_metadata, obj), clash=clash, held=obj)
+    return StateDict(key, tensors, extras=extras, told=partial(metadata_of, obj), clash=clash, held=obj)
 
 
-def _metadata(obj: object) -> Metadata:
+def metadata_of(obj: object) -> Metadata:
+    """What a state dict's `_metadata` says, by module path."""
     attributes = obj.attributes if isinstance(obj, Inert) else getattr(obj, "__dict__", None)
     held = attributes.get("_metadata") if isinstance(attributes, Mapping) else None
     return {path: _plain_keys(value) for path, value in items(held) if isinstance(value, Mapping)}

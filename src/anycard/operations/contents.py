@@ -56,17 +56,9 @@ class Copier:
             copied = self._copy(value, name, {})
             if copied is not _GONE:
                 tree[name] = copied
-        metadata = self._metadata(found, names)
-        if metadata is not None:
+        if metadata := versions(self._ckpt, found):
             tree._metadata = metadata  # type: ignore[attr-defined]
         return tree
-
-    def _metadata(self, found: StateDict, names: Mapping[str, str]) -> OrderedDict[str, dict[str, Any]] | None:
-        mark = self._ckpt.mark
-        held = canonical_metadata(Match(found, "", {name: stored for stored, name in names.items()}, ()), mark)
-        if "metadata" in mark:  # it leaves out what is version 1
-            held = {**{path: {"version": 1} for path in _modules(mark, names.values())}, **held}
-        return OrderedDict(held) if held else None
 
     def _tensor(self, info: TensorInfo, name: str) -> TensorRef:
         self.count += 1
@@ -163,6 +155,15 @@ def _key(key: Any) -> Any:
 def is_flat(value: Any, found: StateDict) -> TypeGuard[Mapping[Any, Any]]:
     """The object is a dict that has the state dict's tensors under these very names."""
     return isinstance(value, Mapping) and all(isinstance(value.get(name), TensorInfo) for name in found.tensors)
+
+
+def versions(ckpt: Checkpoint, found: StateDict) -> OrderedDict[str, dict[str, Any]]:
+    """`_metadata` of a state dict under canonical names; empty where the file tells nothing of it."""
+    names, _ = canonical_names(found, marked=ckpt.marked)
+    held = canonical_metadata(Match(found, "", {name: stored for stored, name in names.items()}, ()), ckpt.mark)
+    if "metadata" in ckpt.mark:  # it leaves out what is version 1
+        held = {**{path: {"version": 1} for path in _modules(ckpt.mark, names.values())}, **held}
+    return OrderedDict(held)
 
 
 def _modules(mark: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:

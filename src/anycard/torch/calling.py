@@ -18,8 +18,9 @@ from anycard.names.paths import join, translated
 from anycard.names.plain import plain
 from anycard.pickles.stubs import Inert
 from anycard.torch.devices import move
+from anycard.torch.materialising import materialise
 from anycard.torch.modules import live_paths, walk
-from anycard.torch.reading import materialise, read_tensor
+from anycard.torch.reading import read_tensor
 from anycard.torch.self_loading import overrides_entry, run_own_loading
 from anycard.torch.survey import Target
 from anycard.torch.undo import Undo

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Path = str | os.PathLike[str] | BinaryIO
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 class _Given(TypedDict, total=False):
@@ -55,7 +56,11 @@ def load(path: Path, model: M, **given: Unpack[_Given]) -> M: ...
 @overload
 def load(path: Path, model: Mapping[str, Any], **given: Unpack[_Given]) -> dict[str, Any]: ...
 @overload
+def load(path: Path, model: list[Any], **given: Unpack[_Given]) -> list[Any]: ...
+@overload
 def load(path: Path, model: Callable[..., M], **given: Unpack[_Given]) -> M: ...
+@overload
+def load(path: Path, model: T, **given: Unpack[_Given]) -> T: ...
 def load(
     path: Path,
     model: Any = None,
@@ -76,8 +81,9 @@ def load(
 
     Args:
         path: A path or an open binary file, of any format that anycard reads.
-        model: An `nn.Module` (filled in place), a callable that builds one (never initialised), a dict
-            of objects that have `load_state_dict`, or None (the file holds a whole model).
+        model: An `nn.Module` (filled in place), a callable that builds one (never initialised), an
+            object that has `load_state_dict`, a dict or list of such objects (or of dicts and lists of them), or
+            None (the file holds a whole model).
         device: Where the model ends up. None keeps an existing model's devices, else the CPU.
         dtype: For floating-point tensors only; "auto" keeps the file's.
         strict: False loads what fits, and warns of the rest.
@@ -93,7 +99,7 @@ def load(
         progress: True for a bar on stderr, or a function of (done, total) bytes.
 
     Returns:
-        The module, filled; or the dict, with what else the file holds.
+        The module or the object, filled; or the dict, with what else the file holds.
 
     Raises:
         MismatchError: The file does not fit; `.plan` says how. The model is as it was.
@@ -122,7 +128,7 @@ def _load(
             _verify(ckpt)
         if model is None:
             return _whole(ckpt, allow, options, progress)
-        if isinstance(model, Mapping):
+        if _are_objects(model):
             from anycard.torch.objects import load_objects  # here and below: a first load imports what it needs
 
             return load_objects(ckpt, model, options, verify, progress)
@@ -156,7 +162,7 @@ def plan(
         ChoiceError: Several state dicts fit equally well.
         FormatError: Damaged, or no checkpoint.
     """
-    if isinstance(model, Mapping):
+    if _are_objects(model):
         raise TypeError("plan takes one model: of a dict of objects plan each by itself, with its name there as key=")
     refuse_odd(key=key, member=member)
     options = _options(device, dtype, strict, key, rename, only)
@@ -172,6 +178,13 @@ def _planned(ckpt: Checkpoint, model: Any, options: Options) -> tuple[Work, Buil
         raise TypeError(f"model must be an nn.Module, a callable or a dict, not {type(model).__name__}")
     built = build(model)
     return make_work(ckpt, built.model, options), built
+
+
+def _are_objects(model: object) -> bool:
+    """A dict or list of objects, or one that is no module but loads a state dict."""
+    if isinstance(model, (nn.Module, type)):
+        return False
+    return isinstance(model, (Mapping, list, tuple)) or callable(getattr(model, "load_state_dict", None))
 
 
 def _filled(work: Work) -> Sequence[torch.Tensor]:

@@ -1,9 +1,9 @@
-"""Load a dict of objects, the mirror of `save`: models, optimizers, schedulers and plain values."""
+"""Load objects, the mirror of `save`: models, optimizers and schedulers in dicts and lists, or one alone."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,20 +11,23 @@ from torch import nn
 
 from anycard.checkpoint import Checkpoint
 from anycard.errors import CheckpointError, ChoiceError, MismatchError
+from anycard.names.paths import join
+from anycard.names.pickled_modules import class_name
+from anycard.pickles.stubs import Inert
 from anycard.progress import Progress, counting
 from anycard.torch.checking import check
 from anycard.torch.filling import fill
+from anycard.torch.materialising import Materialiser
 from anycard.torch.planning import make_work
-from anycard.torch.reading import materialise
 from anycard.torch.typed_keys import with_own_keys
 from anycard.torch.undo import Undo
 from anycard.torch.work import Options, Work
 
+_Leaf = tuple[str, Any, Any]  # an object's path in the file, the object, and what the file has for it
 
-def load_objects(
-    ckpt: Checkpoint, objects: Mapping[str, Any], options: Options, verify: bool | None, progress: Progress
-) -> dict[str, Any]:
-    """Fill every object; gives them and what else the file holds.
+
+def load_objects(ckpt: Checkpoint, objects: Any, options: Options, verify: bool | None, progress: Progress) -> Any:
+    """Fill every object; gives them, in dicts and lists as the file has them, and what else these hold.
 
     Raises:
         ChoiceError: The file holds no dict.
@@ -32,51 +35,103 @@ def load_objects(
     """
     if options.key is not None:
         raise TypeError("key= is for one model; in a dict of objects each one's name is its key")
-    tree = ckpt.tree
-    if not isinstance(tree, Mapping):
+    if isinstance(objects, Mapping) and not isinstance(ckpt.tree, Mapping):
         raise ChoiceError(f"{ckpt.path} holds no dict of objects, as anycard.save of a dict writes", path=ckpt.path)
-    absent = [name for name in objects if name not in tree]
-    if absent:
-        raise MismatchError(f"{ckpt.path} has no {absent}; it has {sorted(map(str, tree))}", path=ckpt.path)
-    works = {name: _planned(ckpt, name, target, options) for name, target in objects.items() if _is_module(target)}
-    others = {name: target for name, target in objects.items() if not _is_module(target)}
-    for name, target in others.items():
-        if not callable(getattr(target, "load_state_dict", None)):
-            raise TypeError(f"{name} is a {type(target).__name__}, which has no load_state_dict")
-    data = {str(name): materialise(value) for name, value in tree.items() if not _is_module(objects.get(name))}
+    leaves = list(_leaves(objects, ckpt.tree, "", ckpt.path))
+    works = {name: _planned(ckpt, name, target, options) for name, target, _ in leaves if isinstance(target, nn.Module)}
+    others = [leaf for leaf in leaves if not isinstance(leaf[1], nn.Module)]
+    for name, _, held in others:
+        _refuse_pickled(name, held, ckpt.path)
+    made = Materialiser()
+    states = [(name, target, made.of(held)) for name, target, held in others]
+    result = _merged(objects, ckpt.tree, made)
     total = sum(work.plan.nbytes for work, _ in works.values())
     with Undo() as undo, counting(progress, total) as done:
         try:
             for undo.within, (work, mine) in works.items():
                 fill(work, mine, verify=verify, undo=undo, done=done)
-            _load_others(others, data, undo)
+            _load_others(states, undo)
         except BaseException as error:
             undo.restore(error)
             raise
-    return {**data, **objects}
+    return result
 
 
-def _is_module(value: object) -> bool:
-    return isinstance(value, nn.Module)
+def _loads(value: object) -> bool:
+    return not isinstance(value, type) and callable(getattr(value, "load_state_dict", None))
+
+
+def _leaves(objects: Any, held: Any, name: str, path: str) -> Iterator[_Leaf]:
+    """Every object, with what the file has in its place."""
+    if _loads(objects):
+        yield name, objects, held
+        return
+    if isinstance(objects, Mapping):
+        there, what, wanted = isinstance(held, Mapping), "dict", list(objects.items())
+    elif isinstance(objects, (list, tuple)):
+        there, what, wanted = isinstance(held, (list, tuple)), "list", list(enumerate(objects))
+    elif isinstance(objects, type):
+        raise TypeError(
+            f"{name} is the class {objects.__name__}: an object of it is needed, such as {objects.__name__}()"
+        )
+    else:
+        raise TypeError(f"{name} is a {type(objects).__name__}, which has no load_state_dict")
+    if not there:
+        raise MismatchError(f"{path} has no {what} {'at ' + repr(name) if name else 'of objects'}", path=path)
+    have = list(held) if isinstance(held, Mapping) else list(range(len(held)))
+    absent = [key for key, _ in wanted if key not in have]
+    if absent:
+        at = f" at {name!r}" if name else ""
+        raise MismatchError(f"{path} has no {absent}{at}; it has {sorted(map(str, have))}", path=path)
+    for key, value in wanted:
+        yield from _leaves(value, held[key], join(name, key), path)
+
+
+def _merged(objects: Any, held: Any, made: Materialiser) -> Any:
+    """The objects in their places, and all else that the file has beside them."""
+    if _loads(objects):
+        return objects
+    if isinstance(objects, Mapping):
+        rest = {made.key(key): made.of(value) for key, value in held.items() if key not in objects}
+        return {**rest, **{key: _merged(value, held[key], made) for key, value in objects.items()}}
+    items = [_merged(value, held[index], made) for index, value in enumerate(objects)]
+    return type(held)((*items, *(made.of(value) for value in held[len(items) :])))
+
+
+def _refuse_pickled(name: str, held: object, path: str) -> None:
+    """An object of someone's class stands for its state only where it is a dict."""
+    if isinstance(held, Inert):
+        raise MismatchError(
+            f"{path}: {_called(name)} in the file is a pickled {class_name(held) or 'object'}, not its state dict "
+            f"(save {name or 'the object'}.state_dict(), or the object by anycard.save). Nothing was changed.",
+            path=path,
+        )
+
+
+def _called(name: str) -> str:
+    return repr(name) if name else "the object"
 
 
 def _planned(ckpt: Checkpoint, name: str, target: nn.Module, options: Options) -> tuple[Work, Options]:
-    mine = replace(options, key=name)
+    mine = replace(options, key=name or None)
     work = make_work(ckpt, target, mine)
     check(work, mine)
     return work, mine
 
 
-def _load_others(objects: Mapping[str, Any], data: Mapping[str, Any], undo: Undo) -> None:
-    for name, target in objects.items():
+def _load_others(objects: list[_Leaf], undo: Undo) -> None:
+    for name, target, state in objects:
         if hasattr(target, "state_dict"):
             _remember(target, undo)
         try:
             own = target.state_dict() if hasattr(target, "state_dict") else None
-            target.load_state_dict(with_own_keys(data[name], own))
+            target.load_state_dict(with_own_keys(state, own))
         except Exception as error:
-            message = f"{name} would not load its state: {error}." + ("" if undo.lost else " Nothing was changed.")
-            raise CheckpointError(message, name=name) from error
+            why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            message = f"{name or type(target).__name__} would not load its state: {why}."
+            raise CheckpointError(
+                message + ("" if undo.lost else " Nothing was changed."), name=name or None
+            ) from error
 
 
 def _remember(target: Any, undo: Undo) -> None:

@@ -50,8 +50,11 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
 
 def _holds_no_tensors(ckpt: Checkpoint, key: str) -> bool:
     """An object of the file that is there and has none: what `save` writes of a loss, for one."""
-    there = isinstance(ckpt.tree, Mapping) and key in ckpt.tree
-    return there and not any(name.startswith(key + ".") for name in ckpt.tensors)
+    if any(name.startswith(key + ".") for name in ckpt.tensors):
+        return False
+    if isinstance(ckpt.tree, Mapping) and key in ckpt.tree:
+        return True
+    return any(name == key or name.startswith(key + ".") for name in ckpt.objects)
 
 
 def _agreeing(ckpt: Checkpoint, seen: Survey, match: Match, options: Options) -> Work | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,15 +21,11 @@ from anycard.disk.transfer import Reads, run_reads
 from anycard.errors import FormatError, naming
 from anycard.limits import DEFAULT, Limits
 from anycard.names.choosing import canonical_names
-from anycard.names.plain import plain
-from anycard.pickles.stubs import Counted, Inert
 from anycard.progress import Progress, counting
 from anycard.tensors import Storage, TensorInfo, is_dense
 from anycard.torch import staging
 from anycard.torch.dtypes import PLAIN, TO_TORCH
 from anycard.warning import warn
-
-_DEEPEST = 200  # levels of containers
 
 
 class Fill(NamedTuple):
@@ -281,6 +277,8 @@ def read(
 ) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint of any format: canonical name -> new CPU tensor.
 
+    It is an `OrderedDict`; where the file tells its modules' versions, they are its `_metadata`, as in a state dict.
+
     Args:
         path: A path or an open binary file.
         key: Which state dict, where the file holds several.
@@ -297,7 +295,17 @@ def read(
         tensors = ckpt.weights(key, canonical=canonical)
         if canonical:
             _say_what_went(ckpt, key)
-        return read_all(tensors, ckpt.path, progress)
+        held = OrderedDict(read_all(tensors, ckpt.path, progress))
+        if metadata := _metadata(ckpt, key, canonical=canonical):
+            held._metadata = metadata  # type: ignore[attr-defined]
+        return held
+
+
+def _metadata(ckpt: Checkpoint, key: str | None, *, canonical: bool) -> Mapping[str, Any]:
+    from anycard.operations.contents import versions
+
+    found = ckpt.chosen(key)
+    return versions(ckpt, found) if canonical else OrderedDict(found.metadata)
 
 
 def _say_what_went(ckpt: Checkpoint, key: str | None) -> None:
@@ -350,34 +358,3 @@ def _refuse_more_than_stored(infos: Collection[TensorInfo], limits: Limits) -> N
         claimed = sum({info.place: info.form.nbytes for info in infos}.values())
     if claimed > stored:
         raise FormatError(f"tensors of {claimed:,} bytes are claimed from {stored - limits.expanded_nbytes:,} stored")
-
-
-def materialise(value: Any) -> Any:
-    """Plain data with tensors read; stubs become dicts that name their class. What is shared stays shared.
-
-    Raises:
-        FormatError: Containers lie in containers far deeper than anything real.
-    """
-    return _materialised(value, {}, 0)
-
-
-def _materialised(value: Any, made: dict[int, Any], depth: int) -> Any:
-    if id(value) in made:
-        return made[id(value)]
-    if depth > _DEEPEST:
-        raise FormatError(f"data nested deeper than {_DEEPEST} levels")
-    result: Any = value
-    if isinstance(value, TensorInfo):
-        result = made[id(value)] = read_tensor(value)
-    elif isinstance(value, Mapping):  # it may hold itself, as a list may
-        result = made[id(value)] = Counter() if isinstance(value, Counted) else {}
-        for key, held in value.items():
-            result[key] = _materialised(held, made, depth + 1)
-    elif isinstance(value, list):
-        result = made[id(value)] = []
-        result.extend(_materialised(v, made, depth + 1) for v in value)
-    elif isinstance(value, tuple):
-        result = made[id(value)] = tuple(_materialised(v, made, depth + 1) for v in value)
-    elif isinstance(value, (Inert, type)):
-        result = plain(value)
-    return result

@@ -13,14 +13,17 @@ def with_own_keys(held: Any, own: Any) -> Any:
     An optimizer that never made a step has no state yet: there the numbers of its parameters tell.
     """
     if isinstance(held, list) and isinstance(own, list):
-        return [with_own_keys(a, b) for a, b in zip(held, own, strict=False)] + held[len(own) :]
+        items = [with_own_keys(a, b) for a, b in zip(held, own, strict=False)] + held[len(own) :]
+        return items if any(a is not b for a, b in zip(items, held, strict=True)) else held
     if not isinstance(held, dict) or not isinstance(own, Mapping):
         return held
     numbers = bool(own) and all(type(key) is int for key in own)
     keys = {key: int(key) if numbers and _is_number(key) else key for key in held}
     made = {keys[key]: with_own_keys(value, own.get(keys[key])) for key, value in held.items()}
-    if _is_optimizers(made):
+    if _is_optimizers(made) and any(map(_is_number, made["state"])):
         made["state"] = {int(key) if _is_number(key) else key: value for key, value in made["state"].items()}
+    if list(made) == list(held) and all(made[key] is value for key, value in held.items()):
+        return held
     return Counter(made) if isinstance(own, Counter) else made
 
 
