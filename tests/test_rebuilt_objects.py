@@ -13,42 +13,15 @@ from torch import nn
 
 import anycard
 from helpers import assert_same, assert_same_bits, everything, filled
+from test_rebuilding import HERE as THERE
+from test_rebuilding import Holder, plainly, saved
 
 HERE = __name__
 
 
-def saved(model: Any, **options: Any) -> io.BytesIO:
-    file = io.BytesIO()
-    torch.save(model, file, **options)
-    file.seek(0)
-    return file
-
-
-def plainly(model: Any, **options: Any) -> Any:
-    """What plain PyTorch makes of it."""
-    return torch.load(saved(model, **options), weights_only=False)
-
-
 def rebuilt(model: Any, *allow: str, **options: Any) -> Any:
     """What anycard makes of it, with every class of this file allowed."""
-    return anycard.load(saved(model, **options), allow=[HERE, *allow])
-
-
-class Holder(nn.Module):
-    """Keeps one thing."""
-
-    def __init__(self, held: Any = None) -> None:
-        super().__init__()
-        self.fc = nn.Linear(2, 2)
-        self.held = held
-
-    @classmethod
-    def of(cls) -> Holder:
-        return cls()
-
-    @staticmethod
-    def twice(x: Any) -> Any:
-        return 2 * x
+    return anycard.load(saved(model, **options), allow=[HERE, THERE, *allow])
 
 
 class Slotted:

@@ -79,12 +79,17 @@ class FollowedArray(ArrayStub):
 
 def _itemsize(dtype: Any) -> int | None:
     """Bytes of an element of a pickled `numpy.dtype`; 0 where they are objects in a pickle of their own."""
-    code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
-    if not isinstance(code, str) or not re.fullmatch(r"[a-zA-Z][0-9]{1,9}", code):
+    if not isinstance(dtype, Inert) or (type(dtype).module, type(dtype).name) != ("numpy", "dtype"):
+        return None
+    code = dtype.args[0] if dtype.called and dtype.args else None
+    if type(code) is not str or not re.fullmatch(r"[a-zA-Z][0-9]{1,9}", code):
         return None
     size = int(code[1:]) * (4 if code[0] == "U" else 1)
-    told, _, flags = dtype.state[5:8] if isinstance(dtype.state, tuple) and len(dtype.state) > 7 else (-1, -1, 0)
-    if code[0] == "O" or (isinstance(flags, int) and flags & 1):
+    parts = (-1, -1, 0) if dtype.state is None else dtype.state[5:8] if type(dtype.state) is tuple else ()
+    if len(parts) < 3 or any(type(part) is not int for part in parts):
+        return None  # whatever a loader takes it for
+    told, _, flags = parts
+    if code[0] == "O" or flags & 1:
         return 0
     return size if told in (-1, size) else None
 

@@ -95,7 +95,7 @@ class _Recorder(Machine):
             self._record.mentions[_place(value)] += 1
 
     def _hand(self, value: Any) -> None:
-        self._record.handed.update(_objects_in(value))
+        self._record.handed.update(_objects_in(value, self.budget))
 
     def fresh(self, start: int) -> Machine:
         return _Recorder(self.data, start, self.budget, self._record, self._load)
@@ -182,13 +182,14 @@ def _place(kind: type) -> tuple[str, str]:
     return getattr(kind, "module", ""), getattr(kind, "name", "")
 
 
-def _objects_in(value: Any, depth: int = 3) -> Iterator[tuple[str, str]]:
+def _objects_in(value: Any, budget: Budget, depth: int = 3) -> Iterator[tuple[str, str]]:
     """Classes of the objects that stand in it, as far down as a constructor may iterate over its arguments."""
     if isinstance(value, Inert):
         yield _place(type(value))
     elif depth and isinstance(value, (list, tuple, dict)):
+        budget.spend(len(value))  # calls may share what they are given
         for held in value.values() if isinstance(value, dict) else value:
-            yield from _objects_in(held, depth - 1)
+            yield from _objects_in(held, budget, depth - 1)
 
 
 def _halves(state: Any) -> tuple[Any, ...]:
