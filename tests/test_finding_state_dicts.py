@@ -141,6 +141,41 @@ def test_state_dicts_at_odd_places(tmp_path, place):
     assert_same(anycard.read(tmp_path / "a.pt"), weights(source))
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda state, opt: (state, opt),
+        lambda state, opt: {"model": state, "opts": [opt, opt], "best": {"loss": torch.tensor(0.3)}},
+        lambda state, opt: {"model_state_dict": state, "metrics": {"val_loss": torch.tensor([0.3, 0.2])}},
+        lambda state, opt: {"state_dict": state, "random_state": {"t": torch.get_rng_state()}},
+        lambda state, opt: {"state_dict": state, "message_hub": {"info": {"x": torch.ones(2)}}},
+    ],
+)
+def test_what_a_trainer_keeps_is_no_model(tmp_path, place):
+    """Optimizers in lists, metrics, random states beside the weights: one state dict to read."""
+    source = filled(Small())
+    opt = torch.optim.Rprop(source.parameters())
+    source.head.weight.grad = torch.ones_like(source.head.weight)
+    opt.step()
+    torch.save(place(weights(source), opt.state_dict()), tmp_path / "a.pt")
+    assert_same(anycard.read(tmp_path / "a.pt"), weights(source))
+    assert_same(weights(anycard.load(tmp_path / "a.pt", Small)), weights(source))
+
+
+@pytest.mark.parametrize("beside", ["sampler", "scale"])
+def test_a_part_by_the_name_of_what_a_trainer_keeps(tmp_path, beside):
+    """It is the model's where no whole model lies beside it, and where the model has it."""
+
+    def build() -> nn.ModuleDict:
+        return nn.ModuleDict({"encoder": nn.Linear(2, 2), beside: nn.ParameterDict({"s": torch.tensor(0.0)})})
+
+    model = filled(build())
+    torch.save({name: part.state_dict() for name, part in model.items()}, tmp_path / "a.pt")
+    assert_same(weights(anycard.load(tmp_path / "a.pt", build)), weights(model))
+    with pytest.raises(anycard.CheckpointError, match=beside):
+        anycard.read(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("tree", [{"module": ...}, {"module": ..., "optimizer": None, "global_steps": 3}])
 def test_deepspeeds_key_is_not_a_wrapper(tmp_path, tree):
     """{"module": state dict, ...}: the outer key goes, the names are the model's."""

@@ -21,6 +21,9 @@ _NOT_WEIGHTS = (
     "optimizer", "optim", "optimizer_states", "lr_scheduler", "lr_schedulers", "scheduler", "callbacks",
     "loops", "scaler", "grad_scaler", "amp", "hyper_parameters", "hparams", "frozen_param_fragments",
 )  # fmt: skip
+# Keys that hold none where one of the others lies beside them.
+_ASIDE = ("metrics", "history", "logs", "message_hub", "sampler", "dataloader")
+_WHOLE = frozenset(("model", "state_dict", "model_state_dict", "net", "network", "weights", "params"))
 # Keys that hold a state dict, whatever lies beside them.
 _HOLDERS = frozenset(
     [
@@ -117,7 +120,7 @@ def _descend(obj: object, key: str, found: Found, depth: int, known: bool) -> No
         found.dicts.append(_from_module(obj, key))
     elif isinstance(obj, (list, tuple)) and depth < _DEEPEST:
         for index, value in enumerate(obj):
-            if isinstance(value, (Mapping, Inert)):
+            if isinstance(value, (Mapping, Inert)) and _may_hold("", value):
                 _descend(value, join(key, str(index)), found, depth + 1, known=False)
     elif (held := mapping_of(obj)) is not None:
         _descend_mapping(obj, held, key, found, depth, known)
@@ -134,11 +137,30 @@ def _descend_mapping(obj: object, mapping: Mapping[Any, Any], key: str, found: F
     if not direct and not inner:
         return
     if depth < _DEEPEST and _is_training_level(held, direct, inner, known):
-        for name, value in inner.items():
-            _descend(value, join(key, name), found, depth + 1, known=name in _HOLDERS)
+        _descend_level(inner, key, found, depth)
         found.unions.append(_from_mapping(inner, key))
     else:
         found.dicts.append(_from_mapping(obj, key))
+
+
+def _descend_level(inner: dict[str, object], key: str, found: Found, depth: int) -> None:
+    """Look into each; what a trainer keeps is left out where a whole model's weights are beside it."""
+    below: dict[str, list[StateDict]] = {}
+    for name, value in inner.items():
+        first = len(found.dicts)
+        _descend(value, join(key, name), found, depth + 1, known=name in _HOLDERS)
+        below[name] = found.dicts[first:]
+        del found.dicts[first:]
+    whole = any(name in _WHOLE and dicts for name, dicts in below.items())
+    found.dicts += [one for name, dicts in below.items() if not (whole and _is_aside(name, dicts)) for one in dicts]
+
+
+def _is_aside(name: str, dicts: list[StateDict]) -> bool:
+    """Random states, what a trainer logs: also numbers and nothing else."""
+    lower = name.lower()
+    if name in _HOLDERS:
+        return False
+    return lower in _ASIDE or "random" in lower or not any(info.shape for one in dicts for info in one.tensors.values())
 
 
 def _is_training_level(held: dict[str, Any], direct: int, inner: dict[str, object], known: bool) -> bool:
