@@ -144,11 +144,10 @@ def test_state_dicts_at_odd_places(tmp_path, place):
 @pytest.mark.parametrize(
     "place",
     [
-        lambda state, opt: (state, opt),
-        lambda state, opt: {"model": state, "opts": [opt, opt], "best": {"loss": torch.tensor(0.3)}},
-        lambda state, opt: {"model_state_dict": state, "metrics": {"val_loss": torch.tensor([0.3, 0.2])}},
-        lambda state, opt: {"state_dict": state, "random_state": {"t": torch.get_rng_state()}},
-        lambda state, opt: {"state_dict": state, "message_hub": {"info": {"x": torch.ones(2)}}},
+        lambda s, o: (s, o),
+        lambda s, o: {"model": s, "opts": [o, o], "best": {"loss": torch.tensor(0.3)}},
+        lambda s, o: {"state_dict": s, "metrics": {"x": torch.ones(2)}, "random_state": {"t": torch.ones(2)}},
+        lambda s, o: {"state_dict": s, "message_hub": {"runtime_info": {"x": torch.ones(2)}}},
     ],
 )
 def test_what_a_trainer_keeps_is_no_model(tmp_path, place):

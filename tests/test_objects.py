@@ -7,6 +7,7 @@ import collections
 import enum
 import io
 import random
+import types
 from typing import Any
 
 import numpy as np
@@ -275,3 +276,27 @@ def test_convert_says_which_tensors_of_a_module_it_leaves_out(tmp_path, target):
     if target == "b.pt":
         done = anycard.convert(tmp_path / "a.pt", tmp_path / target)
         assert {"model.mask", "model.seen"} <= set(done.left_behind) and "epoch" not in done.left_behind
+
+
+class _Keeping(nn.Module):
+    """Keeps tensors wherever Python can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.listed = [torch.ones(1), (nn.Linear(1, 1, bias=False), {"x": torch.ones(2)})]
+        self._hidden = {"x": torch.ones(3)}
+        self.config = types.SimpleNamespace(mean=torch.ones(4))
+        self.back = (self, self.layer, self.layer.weight)
+
+
+def test_tensors_that_a_module_keeps_anywhere_can_be_read(tmp_path):
+    """In lists, tuples, objects and hidden dicts; none twice, and its weights are what they were."""
+    model = nn.Sequential(_Keeping(), _Keeping())
+    torch.save(model, tmp_path / "a.pt")
+    ckpt = anycard.open(tmp_path / "a.pt")
+    assert list(ckpt.weights()) == list(model.state_dict())
+    kept = ("listed.0", "listed.1.0.weight", "listed.1.1.x", "_hidden.x", "config.mean")
+    assert set(ckpt.tensors) == {*model.state_dict(), *(f"{index}.{name}" for index in range(2) for name in kept)}
+    assert ckpt.numpy("1.config.mean").tolist() == [1.0] * 4
+    assert {"0.listed", "0.config", "0.back"} <= set(ckpt.objects)

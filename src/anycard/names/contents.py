@@ -17,6 +17,9 @@ from anycard.tensors import TensorInfo
 
 _LONG = 256  # characters of a path
 _CHARACTERS = 16 << 20  # of all paths, beyond that
+_DEEPEST = 16  # levels of what a module keeps
+_GROUPS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_HOLDING = (Mapping, list, tuple, Inert)
 _AGAIN = "<…>"  # for what was listed before, where that would be much
 
 
@@ -49,6 +52,7 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
     found = Contents()
     stack: list[tuple[str, object, tuple[int, ...], bool]] = [("", tree, (), False)]
     count = _Count(limits)
+    modules: list[tuple[str, Inert]] = []
     while stack:
         path, obj, above, repeated = stack.pop()
         count.one(repeated)
@@ -61,6 +65,8 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
                 _keep_object(found, path, _AGAIN)
             continue
         children = parts_of(obj)
+        if isinstance(obj, Inert) and not repeated and not obj.module.startswith("torch.nn."):
+            modules.append((path, obj))
         if not children:
             if not (isinstance(obj, Inert) and module_state(obj) is not None):
                 _keep_object(found, path, obj)
@@ -97,7 +103,28 @@ def contents(tree: object, limits: Limits = DEFAULT) -> Contents:
                 _keep_object(found, below, child)
             else:
                 stack.append((below, child, inside, repeated))
+    _find_kept(found, modules, count)
     return found
+
+
+def _find_kept(found: Contents, modules: list[tuple[str, Inert]], count: _Count) -> None:
+    """Tensors not listed yet that modules keep in lists, objects and dicts of their own.
+
+    Each is looked into once: what a model keeps may lead back to it in many ways.
+    """
+    stack: list[tuple[str, object, int]] = []
+    for path, module in reversed(modules):
+        state = [(n, v) for n, v in items(module_state(module)) if n not in _GROUPS and "hook" not in n]
+        stack += [(join(path, n), v, 0) for n, v in reversed(state) if isinstance(v, _HOLDING)]
+    places = {info.place for info in found.tensors.values()} if stack else set()
+    while stack:
+        path, obj, depth = stack.pop()
+        if isinstance(obj, TensorInfo):
+            if not obj.is_array and obj.place not in places:
+                _keep(found, path, obj)
+        elif depth < _DEEPEST and count.is_new(obj):
+            parts = [(n, v) for n, v in parts_of(obj) if isinstance(v, (TensorInfo, *_HOLDING))]
+            stack += [(count.path(join(path, n)), v, depth + 1) for n, v in reversed(parts)]
 
 
 def _settings(module: Inert) -> Iterator[tuple[str, object]]:
@@ -164,6 +191,10 @@ class _Count:
         known = parts is not None and id(obj) not in self._holding
         return known and self._repeats + (parts or 0) > self._limits.repeats // 4
 
+    def is_new(self, obj: object) -> bool:
+        """It was not met before."""
+        return not self.again(obj, 0)
+
     def path(self, path: str) -> str:
         """The same path, counted when it is made: a dict's entries are many."""
         self._characters += len(path) - _LONG
@@ -229,7 +260,7 @@ def _inert_children(obj: Inert) -> Iterator[tuple[str, object]]:
         return
     state = module_state(obj)
     if state is not None:
-        for group in ("_parameters", "_buffers", "_modules"):
+        for group in _GROUPS[:3]:
             yield from ((name, value) for name, value in items(state.get(group)) if value is not None)
         yield from ((n, v) for n, v in items(state) if isinstance(v, (TensorInfo, Composite)))
         yield from ((n, v) for n, v in items(state) if not n.startswith("_") and isinstance(v, Mapping))
