@@ -288,3 +288,10 @@ def test_a_name_that_ends_like_a_torch_zips_pickle_makes_none(tmp_path: Path, fi
         archive.writestr(first, pickle.dumps({"a": 1}))
         archive.write(tmp_path / "m.pt", "model.pth")
     assert_same(anycard.read(tmp_path / "z.zip", member="model.pth"), WANT)
+
+
+def test_a_diffusers_folder_in_two_precisions(tmp_path):
+    """The full weights are meant, as where transformers writes two."""
+    anycard.save(dict(WANT), tmp_path / "diffusion_pytorch_model.safetensors")
+    anycard.save({name: t.half() for name, t in WANT.items()}, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    assert_same(anycard.read(tmp_path), WANT)

@@ -182,3 +182,48 @@ def test_dtype_is_for_floats_only(tmp_path):
         assert (loaded.norm.running_mean.dtype, loaded.norm.num_batches_tracked.dtype) == (torch.float16, torch.int64)
     with unchanged(source), pytest.raises(ValueError, match="float33"):
         anycard.load(tmp_path / "a.pth", source, dtype="float33")
+
+
+def test_nearest_names_are_told_with_only(tmp_path):
+    """What was asked for and is called otherwise in the file is found there, as it is without `only=`."""
+    anycard.save({"fc.weight": torch.ones(3, 2), "fc.bias": torch.ones(3)}, tmp_path / "a.pth")
+    model = nn.ModuleDict({"head": nn.Linear(2, 3)})
+    assert anycard.plan(tmp_path / "a.pth", model, only="head").nearest["head.weight"] == "fc.weight"
+
+
+def test_a_rename_that_changes_nothing_is_said(tmp_path):
+    """A slip in it would go unseen: a warning where the file fits all the same, and told where it does not."""
+    anycard.save(filled(nn.Linear(2, 2)), tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match=r"rename= changes none of the file's names, such as 'weight'"):
+        anycard.load(tmp_path / "a.pth", nn.Linear(2, 2), rename={"wieght": "bias"})
+    with pytest.raises(anycard.MismatchError, match="rename= changes none"):
+        anycard.load(tmp_path / "a.pth", nn.ModuleDict({"head": nn.Linear(2, 2)}), rename={"fc": "head"})
+    plan = anycard.plan(tmp_path / "a.pth", nn.ModuleDict({"head": nn.Linear(2, 2)}), rename=[("^", "head.")])
+    assert plan.fits and not plan.notes
+
+
+def test_a_name_outside_of_the_part_that_fits_is_told_by_its_place(tmp_path):
+    """All but one name begin with `module.`: the one is missing and unexpected at once, which needs a word."""
+    state = {f"module.{name}": tensor for name, tensor in filled(Small()).state_dict().items()}
+    name = next(iter(state))
+    state[name.removeprefix("module.")] = state.pop(name)
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(anycard.MismatchError, match=r"unexpected  .* in the file it lies beside 'module'"):
+        anycard.load(tmp_path / "a.pth", Small())
+
+
+def test_one_ranks_part_of_a_sharded_model(tmp_path):
+    """`torch.save` of a sharded model's state dict on each rank: said to be parts, and how to save the whole."""
+    parts = {"weight._local_tensor": torch.ones(2, 2), "bias._local_tensor": torch.ones(2)}
+    torch.save(parts, tmp_path / "a.pth")
+    with pytest.raises(anycard.MismatchError, match="one rank's part of each DTensor"):
+        anycard.load(tmp_path / "a.pth", nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("device", [93, "meta"])
+def test_devices_that_cannot_be_loaded_to(tmp_path, device):
+    """A card's number where there is none, and the meta device: refused by load and plan, with what there is to do."""
+    anycard.save(nn.Linear(2, 2), tmp_path / "a.pth")
+    for ask in (anycard.load, anycard.plan):
+        with pytest.raises(anycard.DeviceError, match=r"This machine has: cpu|no memory to load into"):
+            ask(tmp_path / "a.pth", nn.Linear(2, 2), device=device)

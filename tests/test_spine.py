@@ -327,3 +327,13 @@ def test_nothing_large_waits_for_a_collection(tmp_path, suffix):
         assert gc.collect() < 200
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_an_empty_state_dict_is_one(tmp_path, name):
+    """A module without tensors is saved, read, compared and hashed as any other."""
+    anycard.save(torch.nn.ReLU(), tmp_path / name)
+    assert anycard.read(tmp_path / name) == {}
+    assert anycard.diff(tmp_path / name, tmp_path / name).same == 0
+    with anycard.open(tmp_path / name) as ckpt:  # the digest of nothing at all, as BLAKE3's authors give it
+        assert ckpt.fingerprint() == "blake3:af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -142,6 +143,9 @@ class Checkpoint:
     def chosen(self, key: str | None = None) -> StateDict:
         """The one state dict that is meant; ChoiceError where none or several could be."""
         refuse_odd(key=key)
+        tree = self._index.tree
+        if key is None and not self.state_dicts and isinstance(tree, Mapping) and not tree:
+            return StateDict("", {})  # a module's that has no tensors
         return pick(self.state_dicts, key, self.path)
 
     @cached_property
@@ -159,7 +163,7 @@ class Checkpoint:
             ChoiceError: The file holds none or several, or none by that key.
         """
         found = self.chosen(key)
-        if not found.tensors:
+        if not found.tensors and found.canonical is not None:
             warn(f"{self.path}: no tensors are found in the model that it holds")
         if not canonical:
             return dict(found.tensors)

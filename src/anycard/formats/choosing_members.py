@@ -19,7 +19,8 @@ _BESIDE = re.compile(
 # Where several of these lie together, they hold the same weights, and the first is the one that people load.
 _KNOWN = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-    "model_weights.ckpt", "policy.pth",
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin", "model_weights.ckpt", "policy.pth",
 )  # fmt: skip
 
 

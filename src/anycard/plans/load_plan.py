@@ -67,7 +67,7 @@ class LoadPlan:
     def problems(self) -> list[str]:
         """A line for everything that does not fit."""
         lines = [f"  missing     {self._missing(name)}" for name in self.missing]
-        lines += [f"  unexpected  {name}" for name in self.unexpected]
+        lines += [f"  unexpected  {self._unexpected(name)}" for name in self.unexpected]
         lines += [
             f"  shape       {name}: {_size(stored)} in the file, {_size(own)} in the model"
             for name, (stored, own) in self.shapes.items()
@@ -101,6 +101,9 @@ class LoadPlan:
     def _missing(self, name: str) -> str:
         near = self.nearest.get(name)
         return f"{name}   nearest in the file: {near}, same shape" if near else name
+
+    def _unexpected(self, name: str) -> str:
+        return f"{name}   in the file it lies beside {self.key!r}" if self.key and name in self.missing else name
 
     def verdict(self) -> str:
         """One line: does it fit, and how much of it."""

@@ -17,6 +17,10 @@ from anycard.torch.work import Options, Work, final_dtype
 from anycard.warning import warn
 
 _MOST = 60  # lines of an error
+_ONE_RANK = (
+    "The file has one rank's part of each DTensor (torch.save of a sharded model), not the weights: save them by "
+    "torch.distributed.checkpoint, or each tensor's full_tensor()."
+)
 
 
 def check(work: Work, options: Options) -> None:
@@ -35,6 +39,8 @@ def check(work: Work, options: Options) -> None:
     if (problems and options.strict) or nothing or plan.objections:
         raise MismatchError(_refusal(work, problems, nothing), plan=plan, path=plan.path)
     _check_conflicts(work, options)
+    if work.idle:
+        warn(f"{plan.path}: {work.idle}")
     if problems:
         warn(f"{plan.path}: loaded without what does not fit {plan.model}:\n" + "\n".join(problems))
 
@@ -70,7 +76,9 @@ def _refusal(work: Work, problems: list[str], nothing: bool) -> str:
     lines += problems[:_MOST]
     if len(problems) > _MOST:
         lines.append(f"  … and {len(problems) - _MOST} more: print(anycard.plan(path, model)) shows all")
-    hints = []
+    hints = [f"{work.idle}."] if work.idle else []
+    if any(name.endswith("._local_tensor") for name in (*plan.unexpected, *work.match.names)):
+        hints.append(_ONE_RANK)
     if work.match.outside and not plan.missing:
         hints.append(f"To take that part alone: key={plan.key!r}.")
     elif plan.nearest:

@@ -19,7 +19,11 @@ def find_device(device: Any) -> torch.device:
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:
+        if type(device) is int:  # the number of a card, where there is none
+            raise DeviceError(f"device={device} is not there. This machine has: {_present()}.{_visible()}") from None
         raise DeviceError(f"device={device!r} is not a device: {str(error).splitlines()[0]}") from None
+    if wanted.type == "meta":
+        raise DeviceError("device='meta' has no memory to load into: anycard.plan tells what would be loaded")
     try:
         return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError, ImportError, NotImplementedError):

@@ -345,7 +345,7 @@ class Planner:
         if self.work.counters:
             names = ", ".join(t.name for t in self.work.counters[:3])
             plan.notes.append(f"{len(self.work.counters)} counters that old files lack stay, or start at 0: {names}")
-        spare = {n: self.stored[n] for n in plan.unexpected if n in self.stored}
+        spare = {n: i for n, i in self.stored.items() if not (n in self.used or n in self.wanted)}
         own = {n: t.shape for n, t in self.wanted.items()}
         plan.nearest = nearest_names(tuple(n for n in plan.missing if n in own), own, spare)
 

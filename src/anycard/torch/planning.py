@@ -12,8 +12,10 @@ from anycard.names.stored import StateDict
 from anycard.plans.load_plan import LoadPlan
 from anycard.plans.matching import (
     Match,
+    Rename,
     find,
     last_resorts,
+    renamed,
 )
 from anycard.torch.dtypes import TO_TORCH
 from anycard.torch.modules import unwrapped
@@ -38,14 +40,31 @@ def make_work(ckpt: Checkpoint, model: nn.Module, options: Options) -> Work:
     if options.key is not None and not (unions and options.key not in {held.key for held in candidates}):
         empty = not shapes and _holds_no_tensors(ckpt, options.key)
         candidates, unions = [] if empty else [by_key(candidates, options.key, ckpt.path)], []
-    match = find(candidates, unions, shapes, options.rename, ckpt.path)
+    rename = None if options.rename is None else Renaming(options.rename)
+    match = find(candidates, unions, shapes, rename, ckpt.path)
     work = _agreeing(ckpt, seen, match, options) or _planned(ckpt, seen, match, options)
+    if rename is not None and not rename.changed and match.names:
+        work.idle = f"rename= changes none of the file's names, such as {next(iter(match.names))!r}"
+        work.plan.notes.append(work.idle)
     if not match.hits and not work.plan.fits and options.rename is None and seen.self_loaders:
         for other in last_resorts(candidates, shapes):
             again = _planned(ckpt, seen, other, options)
             if again.plan.fits:
                 return again
     return work
+
+
+class Renaming:
+    """A caller's renames, and whether they changed any name."""
+
+    def __init__(self, rename: Rename) -> None:
+        self._rename = rename
+        self.changed = False
+
+    def __call__(self, name: str) -> str:
+        new = renamed(name, self._rename)
+        self.changed |= new != name
+        return new
 
 
 def _holds_no_tensors(ckpt: Checkpoint, key: str) -> bool:

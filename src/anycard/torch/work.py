@@ -63,6 +63,7 @@ class Work:
         extras: Module, its extra state's name, and the stored extra state.
         conflicts: Tied names for which the file stores two tensors.
         wrapper_state: A wrapper's own counter -> its new value.
+        idle: That `rename=` changes no name, or "".
     """
 
     plan: LoadPlan
@@ -75,6 +76,7 @@ class Work:
     extras: list[tuple[nn.Module, str, object]] = field(default_factory=list)
     conflicts: list[tuple[str, TensorInfo, str, TensorInfo]] = field(default_factory=list)
     wrapper_state: list[tuple[Target, int]] = field(default_factory=list)
+    idle: str = ""
 
 
 def final_dtype(own: torch.dtype, info: TensorInfo | None, asked: torch.dtype | str | None) -> torch.dtype:
