@@ -150,3 +150,28 @@ class Versioned(nn.Linear):
         if metadata.get("version") != 2:
             raise ValueError("which version?")
         super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_state_that_holds_a_pickled_object_is_refused(tmp_path):
+    """A function or object within a state would come as words about it: refused, unlike torch's small types."""
+    model = filled(nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    for odd, kind in ((optimizer, "an object of torch.optim.sgd.SGD"), (collections.deque, "the class .*deque")):
+        torch.save({"model": Small().state_dict(), "sched": {"last_epoch": 3, "of": [odd]}}, tmp_path / "a.pt")
+        with pytest.raises(anycard.MismatchError, match=f"the state of 'sched' in the file holds {kind}"):
+            anycard.load(tmp_path / "a.pt", {"model": Small(), "sched": scheduler})
+        assert scheduler.last_epoch == 0 and not hasattr(scheduler, "of")
+    torch.save({"sched": {"last_epoch": 3, "of": [torch.half]}}, tmp_path / "a.pt")
+    anycard.load(tmp_path / "a.pt", {"sched": scheduler})
+    assert scheduler.of == [torch.half]
+
+
+def test_keys_that_read_alike_are_told_apart(tmp_path):
+    """A model under a number is filled from there, not from the same number as text."""
+    one, two = filled(nn.Linear(2, 2)), filled(nn.Linear(2, 2), 1)
+    torch.save({0: one.state_dict(), "0": two.state_dict()}, tmp_path / "a.pt")
+    new = [filled(nn.Linear(2, 2), 5), filled(nn.Linear(2, 2), 6)]
+    anycard.load(tmp_path / "a.pt", {0: new[0], "0": new[1]})
+    for got, want in zip(new, (one, two), strict=True):
+        assert_same(weights(got), weights(want))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from anycard.errors import MismatchError
 from anycard.names.paths import join, translated
-from anycard.names.plain import plain
-from anycard.pickles.stubs import Inert
 from anycard.torch.devices import move
-from anycard.torch.materialising import materialise
+from anycard.torch.materialising import described, materialise, objects_in
 from anycard.torch.modules import live_paths, walk
 from anycard.torch.reading import read_tensor
 from anycard.torch.self_loading import overrides_entry, run_own_loading
@@ -208,30 +206,13 @@ def check_extras(work: Work) -> None:
 
 
 def _extra(value: object, name: str) -> Any:
-    odd = next(_objects_in(value), None)
+    odd = next(objects_in(value), None)
     if odd is not None:
         raise MismatchError(
-            f"{name}: the extra state holds {_called(odd)}, which is not rebuilt; "
+            f"{name}: the extra state holds {described(odd)}, which is not rebuilt; "
             "strict=False loads the rest. The model was not changed."
         )
     return materialise(value)
-
-
-def _called(odd: object) -> str:
-    return f"an object of {odd.path}" if isinstance(odd, Inert) else f"the class {str(plain(odd)).strip('<>')}"
-
-
-def _objects_in(value: object) -> Iterator[object]:
-    """What is no plain data in containers of it, which may hold themselves."""
-    stack, seen = [value], set()
-    while stack:
-        held = stack.pop()
-        if isinstance(held, (Inert, type)):
-            if isinstance(materialise(held), (str, Mapping)):  # words about it, where it is none of torch's small types
-                yield held
-        elif isinstance(held, (Mapping, list, tuple, set, frozenset)) and id(held) not in seen:
-            seen.add(id(held))
-            stack += [*held.keys(), *held.values()] if isinstance(held, Mapping) else held
 
 
 def set_extras(work: Work, undo: Undo | None, strict: bool) -> None:

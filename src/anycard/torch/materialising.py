@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,24 @@ def materialise(value: Any) -> Any:
         FormatError: Containers lie in containers far deeper than anything real.
     """
     return Materialiser().of(value)
+
+
+def objects_in(value: Any) -> Iterator[Inert | type]:
+    """What is no plain data in containers of it, which may hold themselves."""
+    stack, seen = [value], set()
+    while stack:
+        held = stack.pop()
+        if isinstance(held, (Inert, type)):
+            if _small(held) is None:
+                yield held
+        elif isinstance(held, (Mapping, list, tuple, set, frozenset)) and id(held) not in seen:
+            seen.add(id(held))
+            stack += [*held.keys(), *held.values()] if isinstance(held, Mapping) else held
+
+
+def described(odd: Inert | type) -> str:
+    """What errors call such a thing."""
+    return f"an object of {odd.path}" if isinstance(odd, Inert) else f"the class {str(plain(odd)).strip('<>')}"
 
 
 class Materialiser:

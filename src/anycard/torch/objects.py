@@ -11,13 +11,14 @@ from torch import nn
 
 from anycard.checkpoint import Checkpoint
 from anycard.errors import CheckpointError, ChoiceError, MismatchError
+from anycard.names.mappings import entries
 from anycard.names.paths import join
 from anycard.names.pickled_modules import class_name
 from anycard.pickles.stubs import Inert
 from anycard.progress import Progress, counting
 from anycard.torch.checking import check
 from anycard.torch.filling import fill
-from anycard.torch.materialising import Materialiser
+from anycard.torch.materialising import Materialiser, described, objects_in
 from anycard.torch.planning import make_work
 from anycard.torch.typed_keys import with_own_keys
 from anycard.torch.undo import Undo
@@ -78,13 +79,14 @@ def _leaves(objects: Any, held: Any, name: str, path: str) -> Iterator[_Leaf]:
         raise TypeError(f"{name} is a {type(objects).__name__}, which has no load_state_dict")
     if not there:
         raise MismatchError(f"{path} has no {what} {'at ' + repr(name) if name else 'of objects'}", path=path)
-    have = list(held) if isinstance(held, Mapping) else list(range(len(held)))
+    named = {key: name for key, (name, _) in zip(held, entries(held), strict=True)} if what == "dict" else {}
+    have = list(named) if what == "dict" else list(range(len(held)))
     absent = [key for key, _ in wanted if key not in have]
     if absent:
         at = f" at {name!r}" if name else ""
         raise MismatchError(f"{path} has no {absent}{at}; it has {sorted(map(str, have))}", path=path)
     for key, value in wanted:
-        yield from _leaves(value, held[key], join(name, key), path)
+        yield from _leaves(value, held[key], join(name, named.get(key, key)), path)
 
 
 def _merged(objects: Any, held: Any, made: Materialiser) -> Any:
@@ -99,17 +101,17 @@ def _merged(objects: Any, held: Any, made: Materialiser) -> Any:
 
 
 def _refuse_pickled(name: str, held: object, path: str) -> None:
-    """An object of someone's class stands for its state only where it is a dict."""
+    """Someone's class stands for no state, and in one for nothing that could be given to an object."""
+    called = repr(name) if name else "the object"
     if isinstance(held, Inert):
-        raise MismatchError(
-            f"{path}: {_called(name)} in the file is a pickled {class_name(held) or 'object'}, not its state dict "
-            f"(save {name or 'the object'}.state_dict(), or the object by anycard.save). Nothing was changed.",
-            path=path,
-        )
-
-
-def _called(name: str) -> str:
-    return repr(name) if name else "the object"
+        reason = f"{called} in the file is a pickled {class_name(held) or 'object'}, not its state dict"
+    elif (odd := next(objects_in(held), None)) is not None:
+        reason = f"the state of {called} in the file holds {described(odd)}, which is not rebuilt"
+    else:
+        return
+    raise MismatchError(
+        f"{path}: {reason} (save {name or 'the object'}.state_dict(), of plain data). Nothing was changed.", path=path
+    )
 
 
 def _planned(ckpt: Checkpoint, name: str, target: nn.Module, options: Options) -> tuple[Work, Options]:
