@@ -175,3 +175,16 @@ def test_keys_that_read_alike_are_told_apart(tmp_path):
     anycard.load(tmp_path / "a.pt", {0: new[0], "0": new[1]})
     for got, want in zip(new, (one, two), strict=True):
         assert_same(weights(got), weights(want))
+
+
+def test_a_model_is_filled_from_its_own_place_only(tmp_path):
+    """Where the file has no weights there, those of the same name elsewhere are not taken."""
+    held = filled(nn.Linear(2, 2)).state_dict()
+    model = filled(nn.Linear(2, 2), 5)
+    for there in ({"epoch": 1}, [1], {"inner": {"epoch": 1}}):
+        torch.save({"m": there, "x": {"m": held}}, tmp_path / "a.pt")
+        with unchanged(model), pytest.raises(anycard.MismatchError, match=r"'m' in the file holds no weights .*'x\.m'"):
+            anycard.load(tmp_path / "a.pt", {"m": model})
+    torch.save({"m": {"inner": held, "epoch": 1}}, tmp_path / "a.pt")
+    anycard.load(tmp_path / "a.pt", {"m": model})
+    assert_same(weights(model), held)

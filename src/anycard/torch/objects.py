@@ -117,6 +117,10 @@ def _refuse_pickled(name: str, held: object, path: str) -> None:
 def _planned(ckpt: Checkpoint, name: str, target: nn.Module, options: Options) -> tuple[Work, Options]:
     mine = replace(options, key=name or None)
     work = make_work(ckpt, target, mine)
+    found = work.plan.key
+    if found and not f"{found}.".startswith(f"{name}."):  # key= takes a path's last parts; a place is a place
+        reason = f"{name!r} in the file holds no weights (those at {found!r} are of another place)"
+        raise MismatchError(f"{ckpt.path}: {reason}. Nothing was changed.", plan=work.plan, path=ckpt.path)
     check(work, mine)
     return work, mine
 
