@@ -44,6 +44,21 @@ def test_extra_state_of_plain_data_is_given_back(tmp_path, plain, wrap):
         assert loaded[0].history["names"] == ["a", ("b", None)]
 
 
+def test_extra_state_of_torchs_small_types_is_given_back(tmp_path):
+    """A dtype, a device and a size, alone or in dicts, come as what they were, not as words about them."""
+    for value in (torch.bfloat16, {"kind": torch.int8, "at": torch.device("cuda", 1), "shape": torch.Size([1, 2])}):
+
+        class Small(Stateful):
+            def get_extra_state(self, value: Any = value) -> Any:
+                return value
+
+        source = filled(nn.Sequential(Small(2, 2)))
+        torch.save(source.state_dict(), tmp_path / "a.pth")
+        for target in both(lambda: nn.Sequential(Small(2, 2))):
+            history = anycard.load(tmp_path / "a.pth", target)[0].history
+            assert history == value and type(history) is type(value)
+
+
 def test_extra_state_of_the_top_module_itself(tmp_path):
     """The model itself has extra state: its name is `_extra_state`, without any prefix."""
     source = filled(Stateful(2, 2))
