@@ -270,6 +270,22 @@ def complex_keys_that_collide() -> bytes:
 
 
 @refused
+def a_key_behind_a_chain_of_others() -> bytes:
+    """Its lookup ends nowhere but at the end of a chain that the other keys fill; it is set over and over."""
+    held = b"".join(b"J" + struct.pack("<i", place) + b"N" for place in _chain())
+    again = b"h\x00N" * 100_000
+    return torch_zip(num(8_641_048_420) + b"q\x000}(" + held + b"u(h\x00N" + again + b"u.")
+
+
+def _chain() -> list[int]:
+    """Small integers in the order in which a dict with 65,536 places looks for a free one."""
+    places = [0]
+    while len(places) < 43_688:
+        places.append((places[-1] * 5 + 1) & 0xFFFF)
+    return places
+
+
+@refused
 def many_classes() -> bytes:
     return torch_zip(b"".join(b"cm\nc%d\n0" % i for i in range(50_000)) + b"N.")
 

@@ -55,6 +55,20 @@ class Budget:
         if alike[place] > _MOST_ALIKE:
             raise FormatError(f"more than {_MOST_ALIKE} keys have the same hash (made to collide?)")
 
+    def keep(self, key: Any, target: Any, value: Any = None) -> None:
+        """Set a key of a dict, or add a member to a set, where `key` allows it.
+
+        What is there already may lie behind a chain of others, made so, and be looked up again and again.
+        """
+        self.key(key, target)
+        before = len(target)
+        if isinstance(target, set):
+            target.add(key)
+        else:
+            target[key] = value
+        if len(target) == before:
+            self.spend(before // 16)
+
 
 def _parts(key: Any) -> int:
     """How many parts C's hash visits: shared ones count each time, as it visits them each time."""

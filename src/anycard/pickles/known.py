@@ -169,9 +169,10 @@ def _tuple(budget: Budget, *args: Any) -> tuple[Any, ...]:
 
 def _members(budget: Budget, args: tuple[Any, ...]) -> Any:
     held = _held(budget, args, "set", 4)
+    made: set[Any] = set()
     for member in held:
-        budget.key(member, held)
-    return held
+        budget.keep(member, made)
+    return made
 
 
 def _set(budget: Budget, *args: Any) -> set[Any]:
@@ -185,12 +186,12 @@ def _frozenset(budget: Budget, *args: Any) -> frozenset[Any]:
 def _pairs(budget: Budget, args: tuple[Any, ...]) -> Iterable[tuple[Any, Any]]:
     """Items of the dict, or of the list of pairs, that a dict is made of."""
     held = _held(budget, args, "dict", 8)
-    pairs: list[Any] = list(held.items() if isinstance(held, dict) else held)
-    for pair in pairs:
+    made: dict[Any, Any] = {}
+    for pair in held.items() if isinstance(held, dict) else held:
         if type(pair) not in (tuple, list) or len(pair) != 2:
             raise FormatError("a dict is made of what are no pairs")
-        budget.key(pair[0], pairs)
-    return pairs
+        budget.keep(pair[0], made, pair[1])
+    return made.items()
 
 
 def _dict(budget: Budget, *args: Any) -> dict[Any, Any]:

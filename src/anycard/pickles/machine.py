@@ -348,8 +348,7 @@ class Machine:
             target.extend(items)
         elif isinstance(target, set):
             for item in items:
-                self.budget.key(item, target)
-            target.update(items)
+                self.budget.keep(item, target)
         else:
             raise FormatError(f"APPEND to a {type(target).__name__}")
 
@@ -360,15 +359,17 @@ class Machine:
         if not isinstance(target, Inert) and set(map(type, pairs[::2])) <= {str}:
             target.update(zip(pairs[::2], pairs[1::2], strict=True))
             return
-        key_fits = self.budget.key
         for index in range(0, len(pairs), 2):
             key = pairs[index]
-            if type(key) is not str:
-                key_fits(key, target)
-            target[key] = pairs[index + 1]
+            if isinstance(target, Inert):
+                self.budget.key(key, target)
+                target[key] = pairs[index + 1]
+            else:
+                self.budget.keep(key, target, pairs[index + 1])
 
     def frozen(self, items: list[Any]) -> frozenset[Any]:
         """FROZENSET."""
+        made: set[Any] = set()
         for item in items:
-            self.budget.key(item, items)
-        return frozenset(items)
+            self.budget.keep(item, made)
+        return frozenset(made)
