@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import anycard
 import bombs
 from anycard.checkpoint import Checkpoint, as_numpy
 from anycard.disk.source import StreamSource
@@ -358,3 +359,21 @@ def test_legacy_views() -> None:
     for first, count in ((1, 4), (5, 0), (-1, 2)):
         with pytest.raises(FormatError):
             index(bombs.files.legacy(tensor(ints(2), ints(1), storage=viewed(first, count)), keys, tail))
+
+
+def test_views_that_come_to_far_more_than_is_stored(tmp_path: Path) -> None:
+    """Views of stride 0 are listed; to read, hash or convert them is an error, and writes nothing."""
+    views = b"".join(text(f"w{n}") + tensor(ints((4 << 20) - n), ints(0)) for n in range(6))
+    path = tmp_path / "views.pt"
+    path.write_bytes(torch_zip(b"}(" + views + b"u."))
+    with anycard.open(path) as ckpt:
+        assert len(ckpt.tensors) == 6
+
+    for use in (
+        anycard.read, lambda path: anycard.open(path).fingerprint(),
+        lambda path: anycard.convert(path, tmp_path / "out.safetensors"),
+        lambda path: anycard.convert(path, tmp_path / "out.pt"),
+    ):  # fmt: skip
+        with pytest.raises(FormatError, match="claimed from 64 stored"):
+            use(path)
+    assert list(tmp_path.iterdir()) == [path]

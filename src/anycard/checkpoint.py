@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from anycard.tensors import DTYPES, TensorInfo
 from anycard.warning import warn
 
 _LISTED = 10_000  # elements of a numpy array beside the weights that are spelt out
+_VIEWS = 4  # so often may each stored byte be made
 
 
 class Checkpoint:
@@ -263,6 +264,21 @@ def tensor_bytes(info: TensorInfo, limits: Limits = DEFAULT) -> memoryview:
     array = as_numpy(info, raw=True, limits=limits)
     flat = np.ascontiguousarray(array).reshape(-1)
     return memoryview(flat.view(np.uint8).data) if flat.size else memoryview(b"")
+
+
+def refuse_more_than_stored(infos: Collection[TensorInfo], limits: Limits) -> None:
+    """Views that overlap or have strides of 0: what they come to is bounded together, as it is for each.
+
+    A few views of the same bytes are usual: a flat parameter beside its parts.
+    """
+    infos = [info for info in infos if not info.storage.missing]
+    stored = sum({id(info.storage): info.storage.nbytes for info in infos}.values())
+    most = _VIEWS * stored + limits.expanded_nbytes
+    claimed = sum(info.form.nbytes for info in infos)
+    if claimed > most:
+        claimed = sum({info.place: info.form.nbytes for info in infos}.values())
+    if claimed > most:
+        raise FormatError(f"tensors of {claimed:,} bytes are claimed from {stored:,} stored")
 
 
 def span_bytes(info: TensorInfo) -> bytearray:

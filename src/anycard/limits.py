@@ -20,7 +20,7 @@ class Limits:
         globals: Most distinct classes that a pickle may name.
         depth: Deepest nesting of containers that is listed.
         rank: Most dimensions of a tensor.
-        expanded_nbytes: Largest tensor that is made from fewer stored bytes (stride 0).
+        expanded_nbytes: How much more than what is stored tensors may come to (stride 0).
     """
 
     chunk_nbytes: int = 8 << 20
@@ -33,7 +33,7 @@ class Limits:
     globals: int = 20_000
     depth: int = 400
     rank: int = 64
-    expanded_nbytes: int = 1 << 30
+    expanded_nbytes: int = 64 << 20
 
 
 DEFAULT = Limits()

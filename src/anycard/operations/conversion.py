@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anycard.arguments import path_text, refuse_odd
-from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
+from anycard.checkpoint import Checkpoint, open_checkpoint, refuse_more_than_stored, tensor_bytes
 from anycard.collection import uncollected
 from anycard.disk.atomic import replace_file
 from anycard.disk.pieces import Piece, counted
@@ -84,6 +84,7 @@ def _to_safetensors(ckpt: Checkpoint, key: str | None, dst: str, progress: Progr
     if key is None:
         _refuse_other_tensors(ckpt, found)
     weights = ckpt.weights(key)
+    refuse_more_than_stored(weights.values(), DEFAULT)
     with counting(progress, sum({info.place: info.nbytes for info in weights.values()}.values())) as done:
         proof = Proof(ckpt)
         rows, ties = _rows(weights, proof, done)
@@ -95,6 +96,7 @@ def _to_safetensors(ckpt: Checkpoint, key: str | None, dst: str, progress: Progr
 
 
 def _to_zip(ckpt: Checkpoint, key: str | None, dst: str, progress: Progress) -> tuple[int, tuple[str, ...]]:
+    refuse_more_than_stored(ckpt.tensors.values(), DEFAULT)
     proof = Proof(ckpt)
     copier = Copier(ckpt, proof)
     dicts = ckpt.state_dicts

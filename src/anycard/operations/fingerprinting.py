@@ -9,7 +9,7 @@ from typing import BinaryIO
 from blake3 import blake3
 
 from anycard.arguments import refuse_odd
-from anycard.checkpoint import open_checkpoint, tensor_bytes
+from anycard.checkpoint import open_checkpoint, refuse_more_than_stored, tensor_bytes
 from anycard.disk.pieces import FileRange, Lazy, Piece
 from anycard.disk.threads import in_threads
 from anycard.limits import DEFAULT, Limits
@@ -42,8 +42,9 @@ def fingerprint_of(tensors: Mapping[str, TensorInfo], limits: Limits = DEFAULT, 
     """`blake3:` and 64 hex digits of canonical name -> tensor; tied ones are read once.
 
     Raises:
-        FormatError: One is damaged.
+        FormatError: One is damaged, or all together are far more than what is stored.
     """
+    refuse_more_than_stored(tensors.values(), limits)
     names = {info.place: (name, info) for name, info in tensors.items()}
     digests: dict[object, str] = {}
 

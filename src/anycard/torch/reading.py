@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from anycard.arguments import refuse_odd
-from anycard.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
+from anycard.checkpoint import Checkpoint, open_checkpoint, refuse_more_than_stored, tensor_bytes
 from anycard.collection import uncollected
 from anycard.disk.source import Source
 from anycard.disk.transfer import Reads, run_reads
@@ -331,7 +331,7 @@ def read_all(tensors: Mapping[str, TensorInfo], path: str, progress: Progress = 
     fills = []
     result = {}
     with counting(progress, sum(info.nbytes for info in tensors.values())) as done, naming(path):
-        _refuse_more_than_stored(tensors.values(), DEFAULT)
+        refuse_more_than_stored(tensors.values(), DEFAULT)
         for name, info in tensors.items():
             place = info.place
             if place not in made:
@@ -347,14 +347,3 @@ def read_all(tensors: Mapping[str, TensorInfo], path: str, progress: Progress = 
             result[name] = made[place]
         prepare(Fills.of(fills)).run(done)
     return result
-
-
-def _refuse_more_than_stored(infos: Collection[TensorInfo], limits: Limits) -> None:
-    """Views that overlap or have strides of 0: what they come to is bounded together, as it is for each."""
-    infos = [info for info in infos if not info.storage.missing]
-    stored = sum({id(info.storage): info.storage.nbytes for info in infos}.values()) + limits.expanded_nbytes
-    claimed = sum(info.form.nbytes for info in infos)
-    if claimed > stored:
-        claimed = sum({info.place: info.form.nbytes for info in infos}.values())
-    if claimed > stored:
-        raise FormatError(f"tensors of {claimed:,} bytes are claimed from {stored - limits.expanded_nbytes:,} stored")
