@@ -55,6 +55,15 @@ def records_that_share_a_kernel() -> bytes:
 
 
 @refused
+def end_records_over_one_directory() -> bytes:
+    """Each may end an archive of several; the directory is found wrong at its last entry."""
+    heads = [_local(b"%06d" % n) for n in range(4_000)]
+    rows = [_entry(b"%06d" % n, 0, 0, n * len(heads[0])) for n in range(4_000)] + [_entry(b"000000", 0, 0, 0)]
+    made = _archive(b"".join(heads), b"".join(rows), len(rows))
+    return made + made[-22:] * 300
+
+
+@refused
 def records_of_one_name() -> bytes:
     name = b"archive/data.pkl"
     body = _local(name) + b"N."

@@ -29,6 +29,7 @@ _STORAGE = re.compile(
     r"(^|/)(\.?data/\d+(\.storage)?|constants/\d+|data/weights/weight_\d+|data/constants/tensor_\d+)$"
 )
 _MOST_ARCHIVES = 10_000
+_MOST_VAIN = 16  # end records that end no archive, before one does
 _MOST_HEADER = 64 << 10
 _DESCRIPTION = re.compile(rb"'descr'\s*:\s*(.{1,65536}?),\s*'fortran_order'", re.DOTALL)
 
@@ -82,7 +83,7 @@ def zips_within(source: Source, limits: Limits) -> Iterator[Source]:
     """The archives that a file is made of, one after the other without a gap; none where that is not so."""
     data = source.read(0, min(source.size, limits.index_nbytes))
     parts: list[Source] = []
-    start = end = 0
+    start = end = vain = 0
     for _ in range(_MOST_ARCHIVES):
         end = data.find(b"PK\x05\x06", end)
         if end < 0:
@@ -92,9 +93,12 @@ def zips_within(source: Source, limits: Limits) -> Iterator[Source]:
         try:
             read_directory(part, limits)
         except FormatError:
+            vain += 1
+            if vain > _MOST_VAIN:  # each may look through one large directory
+                break
             continue
         parts.append(part)
-        start = end
+        start, vain = end, 0
     if start == source.size:
         yield from parts
 
