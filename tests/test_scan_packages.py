@@ -262,3 +262,33 @@ def test_ids_that_torch_knows_behind_its_magic_number_hide_nothing(tmp_path: Pat
     stream = b"I119547037146038801333356\n.I1001\n.}.(S'module'\nNNNtQ0cos\nsystem\n(S'true'\ntR."
     (tmp_path / "weights").write_bytes(stream)
     assert {finding.name for finding in anycard.scan(tmp_path).bad} == {"os.system"}
+
+
+def wrapped(dtype: bytes, nbytes: int) -> bytes:
+    """joblib's word for an array whose bytes stand behind it."""
+    state = (
+        (b"subclass", b"cnumpy\nndarray\n"), (b"shape", b"K" + bytes([nbytes]) + b"\x85"), (b"order", text("C")),
+        (b"dtype", dtype), (b"allow_mmap", b"\x89"),
+    )  # fmt: skip
+    pairs = b"".join(text(name.decode()) + value for name, value in state)
+    return b"cjoblib.numpy_pickle\nNumpyArrayWrapper\n)\x81}(" + pairs + b"ub"
+
+
+BYTES = (
+    b"cnumpy\ndtype\n" + text("i1") + b"\x89\x88\x87R(K\x03" + text("|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+)
+NAMESPACE_OF_ONE = b"cargparse\nNamespace\n" + text("i1") + b"\x85\x81}" + text("hasobject") + b"\x88sb"
+
+
+@pytest.mark.parametrize("how", ["no dtype", "within a frame"])
+def test_what_joblib_does_not_pass_over_is_no_array(tmp_path: Path, how: str) -> None:
+    """An element that only looks like numpy's, and an array whose bytes joblib takes from behind its frame."""
+    evil = b"0cos\nsystem\n" + text("true") + b"\x85RN"
+    if how == "no dtype":
+        evil = pickle.dumps(Evil(), 2)
+        data = b"\x80\x02" + wrapped(NAMESPACE_OF_ONE, len(evil)) + evil + b"."
+    else:
+        frame = wrapped(BYTES, len(evil)) + evil
+        data = b"\x80\x04\x95" + struct.pack("<Q", len(frame) + 1) + frame + b"." + b"N." * (len(evil) // 2)
+    (tmp_path / "a.joblib").write_bytes(data)
+    assert not anycard.scan(tmp_path / "a.joblib").clean

@@ -73,6 +73,7 @@ class _Recorder(Machine):
         self._record = record
         self.shortcut = None  # each call is to be seen
         self._in_frame = False
+        self._frame_end = 0
 
     def find_class(self, module: str, name: str) -> type[Inert]:
         found = super().find_class(module, name)
@@ -112,7 +113,7 @@ class _Recorder(Machine):
         if self._in_frame:
             self._record.trouble = "a frame begins within a frame"
             return
-        self._in_frame = True
+        self._in_frame, self._frame_end = True, end
         code = 0
         while self.pos < end and self.data[self.pos] != STOP:
             self.at = self.pos
@@ -132,8 +133,12 @@ class _Recorder(Machine):
         kind = type(self.top())
         self._hand(state if isinstance(state, Inert) else [v for v in _halves(state) if isinstance(v, Inert)])
         self._record.hooked |= any(map(_hooks, _halves(state)))
+        at = self.pos
         super().build(state)
-        self._record.arrays |= issubclass(kind, FollowedArray)
+        if issubclass(kind, FollowedArray):
+            self._record.arrays = True
+            if self._in_frame and at < self._frame_end:  # joblib reads its bytes from behind the frame
+                self._record.trouble = "an array of joblib's stands within a frame"
 
     def append(self, items: list[Any]) -> None:
         self._filled()
